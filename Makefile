@@ -1,0 +1,38 @@
+# make quickstart   train a small GPT with Sophia-G on text that every Python has, and show what it learnt
+# make test         run every test
+# make format       format and lint the sources
+
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART_FLAGS ?=
+OUT := out/quickstart
+
+.PHONY: quickstart test format lint
+
+.venv/quickstart: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+data/stdlib/meta.json: data/stdlib/prepare.py .venv/quickstart
+	$(BIN)/python data/stdlib/prepare.py
+
+quickstart: .venv/quickstart data/stdlib/meta.json
+	rm -rf $(OUT)
+	$(BIN)/python train.py config/quickstart.py --out_dir=$(OUT) $(QUICKSTART_FLAGS)
+	$(BIN)/python sample.py --out_dir=$(OUT) --start="def " --max_new_tokens=600
+	$(BIN)/python plot.py $(OUT) -o $(OUT)/curves.png
+
+test: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+format: .venv/test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

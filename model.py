@@ -1,0 +1,210 @@
+"""GPT-2: a decoder-only transformer (Radford et al., 2019) in one file.
+
+Letters in the shape comments: B sequences, T tokens a sequence, C = n_embd channels, V = vocab_size.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 small's, its vocabulary padded to a multiple of 64."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer_idx + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
+        q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, C / n_head)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The model. Its parameters have the names that Hugging Face's GPT-2 gives them, without the prefix `transformer.`;
+    the output head is the token embedding itself (tied), so it has no parameter of its own.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        for name, parameter in self.named_parameters():
+            # GPT-2's initialisation: N(0, 0.02), and residual projections scaled by 1 / sqrt(2 * n_layer)
+            if parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers."""
+        T = idx.shape[1]
+        if self.config.block_size < T:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[:T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for tokens `idx` (B, T); with `targets` (B, T), instead their mean cross-entropy in nats,
+        a float32 scalar (float64 for a float64 model). A target of -1 is left out of the mean.
+        """
+        logits = F.linear(self.hidden(idx), self.wte.weight)
+        return logits if targets is None else token_cross_entropy(logits, targets)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step (forward and backward) per token of a full block: 6 per
+        weight that is multiplied (all but the position embedding) plus attention's 12 * n_layer * n_embd * block_size
+        (PaLM, arXiv 2204.02311, appendix B).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0 takes the
+        most likely token; `top_k` samples from the k most likely. Context beyond block_size is forgotten.
+        """
+        for _ in range(max_new_tokens):
+            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
+            logits = F.linear(last, self.wte.weight).float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+            yield token
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`idx` (B, T) and its continuation, (B, T + max_new_tokens); see `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str, block_size: int | None = None) -> "GPT":
+        """A model with Hugging Face GPT-2 weights: a folder with config.json and model.safetensors, or a name on the
+        hub (`gpt2`, `gpt2-medium`, …), which is downloaded. A smaller `block_size` drops the later positions.
+        Raises FileNotFoundError or OSError where the weights cannot be had, ValueError where they are not GPT-2's.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(name_or_folder)
+        if folder.is_dir():
+            paths = [folder / "config.json", folder / "model.safetensors"]
+        else:
+            from huggingface_hub import hf_hub_download
+
+            paths = [hf_hub_download(name_or_folder, name) for name in ("config.json", "model.safetensors")]
+        hf = json.loads(Path(paths[0]).read_text())
+        if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
+            raise ValueError(f"{name_or_folder} is not a GPT-2 model")
+        weights = {name.removeprefix("transformer."): w for name, w in load_file(paths[1]).items()}
+        config = GPTConfig(
+            block_size=block_size or hf["n_positions"],
+            vocab_size=hf["vocab_size"],
+            n_layer=hf["n_layer"],
+            n_head=hf["n_head"],
+            n_embd=hf["n_embd"],
+            bias=True,
+            scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
+        )
+        if config.block_size > hf["n_positions"]:
+            raise ValueError(f"{name_or_folder} has {hf['n_positions']} positions, fewer than block_size {block_size}")
+        model = cls(config)
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                raise ValueError(f"{name_or_folder} lacks the weight {name}")
+            weight = weights[name]
+            if ".attn.c_" in name or ".mlp.c_" in name:
+                weight = weight.t()  # Hugging Face's Conv1D keeps (in, out); a bias is not changed by .t()
+            if name == "wpe.weight":
+                weight = weight[: config.block_size]
+            with torch.no_grad():
+                parameter.copy_(weight)
+        return model
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of `targets` (B, T) under `logits` (B, T, V), in float32 or wider; -1 is left out."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, -2).to(wide), targets.flatten(), ignore_index=-1)

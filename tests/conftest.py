@@ -1,0 +1,85 @@
+"""What several tests share: a small data set, and running train.py inside the test process."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from training import errors
+
+torch.set_num_threads(1)  # the models are too small for more
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4,
+    "hessian_batch_size": 4, "hessian_interval": 5, "max_iters": 20, "warmup_iters": 3, "eval_interval": 10,
+    "eval_sequences": 10, "log_interval": 1, "device": "cpu", "dtype": "float32", "compile": False,
+}  # fmt: skip
+OPTIMIZERS = {
+    "adamw": {"optimizer": "adamw"},
+    "lion": {"optimizer": "lion"},
+    "sophiah": {"optimizer": "sophiah"},
+    "sophiag": {"optimizer": "sophiag"},
+    "sophiag-averaged": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_group_size": 2},
+}
+
+
+def write_dataset(folder, train, val, **meta):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.asarray(train, dtype="<u2").tofile(folder / "train.bin")
+    np.asarray(val, dtype="<u2").tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256} | meta))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A folder with 20,000 tokens of text to train on, 1,000 to validate."""
+    text = " ".join(f"{i} squared is {i * i}, its root {math.sqrt(i):.3f};" for i in range(1000)).encode()
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, list(text[:20_000]), list(text[20_000:21_000]))
+    return folder
+
+
+def arguments(**settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def train(dataset, monkeypatch, capsys):
+    """train(out_dir, **settings) runs train.py with TINY settings and returns the rows of metrics.jsonl."""
+    import train as script
+
+    def run(out_dir, *configs, **settings):
+        command = [*map(str, configs), *arguments(**TINY | {"dataset": dataset, "out_dir": out_dir} | settings)]
+        monkeypatch.setattr(sys, "argv", ["train.py", *command])
+        script.main()
+        metrics = out_dir / "metrics.jsonl"
+        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main) runs a script's main that must end with exit code 2 and one line, which it returns."""
+
+    def run(main):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            errors.run(main)
+        assert stop.value.code == 2
+        printed = capsys.readouterr().err.splitlines()
+        lines = [line for line in printed if line.strip() and " examples/s]" not in line]  # but progress bars
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+def same_weights(left, right):
+    """Whether two checkpoint folders hold bit-identical weights and optimizer state."""
+    return all((left / name).read_bytes() == (right / name).read_bytes() for name in
+               ("model.safetensors", "optimizer.safetensors"))  # fmt: skip

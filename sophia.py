@@ -1,0 +1,269 @@
+"""Sophia: a clipped, diagonal second-order optimizer (Liu et al., 2023, arXiv 2305.14342), in one file.
+
+Every `hessian_interval` steps (the paper: 10, the first step included) estimate the Hessian's diagonal with
+`gauss_newton_bartlett` (Sophia-G) or `hutchinson` (Sophia-H), hand it to `update_hessian`, then `step` as usual.
+
+The update is that of the paper's later version, with its gamma called `rho` as in the released code:
+
+    m <- beta1 * m + (1 - beta1) * g                  every step; no bias correction
+    h <- beta2 * h + (1 - beta2) * estimate           at every estimate
+    theta <- theta - lr * weight_decay * theta
+    theta <- theta - lr * clip(m / max(rho * h, eps), 1)
+
+Version 1 of the paper writes clip(m / max(h, eps), rho): its learning rate is lr / rho here. Its "rho = 20" for
+Sophia-G belongs to another scale of the estimate; with the estimate below it is the 0.04 to 0.05 of the released code.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+__all__ = ["SophiaG", "SophiaH", "gauss_newton_bartlett", "hutchinson", "sample_labels"]
+
+
+class _Sophia(torch.optim.Optimizer):
+    def __init__(self, params, lr, betas, rho, weight_decay, eps, compile):
+        for name, value, low, high in (
+            ("lr", lr, 0, math.inf),
+            ("betas[0]", betas[0], 0, 1),
+            ("betas[1]", betas[1], 0, 1),
+            ("rho", rho, 0, math.inf),
+            ("weight_decay", weight_decay, 0, math.inf),
+            ("eps", eps, 0, math.inf),
+        ):
+            if not low <= value < high:
+                raise ValueError(f"{name} must be in [{low}, {high}), not {value}")
+        super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "eps": eps})
+        self._compile = compile
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__.setdefault("_compile", False)  # a copied or unpickled optimizer takes the plain path
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["hessian"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    @torch.no_grad()
+    def update_hessian(self, estimate: Iterable[Tensor]) -> None:
+        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1].
+
+        estimate: one tensor for each of the optimizer's parameters, in their order and of their shapes. Call it
+        before the `step` it is meant for. Raises ValueError where number or shapes do not fit.
+        """
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        estimate = list(estimate)
+        if len(estimate) != len(pairs):
+            raise ValueError(f"the estimate has {len(estimate)} tensors, the optimizer {len(pairs)} parameters")
+        for i, ((_, param), value) in enumerate(zip(pairs, estimate, strict=True)):
+            if value.shape != param.shape:
+                raise ValueError(f"estimate {i} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+        for (group, param), value in zip(pairs, estimate, strict=True):
+            hessian = self._state_of(param)["hessian"]
+            hessian.lerp_(value.to(hessian.dtype), 1 - group["betas"][1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = []
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            if any(param.grad.is_sparse for param in params):
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            states = [self._state_of(param) for param in params]
+            lr = group["lr"]
+            # A compiled update takes lr as a 0-d tensor: a number would be baked in and compiled anew when it changes.
+            lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu") if self._compile else float(lr)
+            groups.append(
+                (
+                    params,
+                    [param.grad for param in params],
+                    [state["exp_avg"] for state in states],
+                    [state["hessian"] for state in states],
+                    lr,
+                    group["betas"][0],
+                    group["rho"],
+                    group["weight_decay"],
+                    group["eps"],
+                )
+            )
+        update = _compiled(_sophia_update) if self._compile else _sophia_update
+        update(groups)
+        return loss
+
+    @torch.no_grad()
+    def unclipped_fraction(self) -> float:
+        """The share of coordinates with |m| < rho * h, whose last update was not clipped. Waits for the device."""
+        unclipped, total = 0, 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:
+                    state = self.state[param]
+                    inside = (state["exp_avg"].abs() < group["rho"] * state["hessian"]).sum()
+                    unclipped += inside.full_tensor() if isinstance(inside, DTensor) else inside
+                    total += param.numel()
+        return float(unclipped) / max(total, 1)
+
+
+class SophiaG(_Sophia):
+    """Sophia with the Gauss-Newton-Bartlett estimator: pair it with `gauss_newton_bartlett`.
+
+    params: parameters or parameter groups. lr: the largest step of a coordinate, a number or a tensor. betas: decay of
+    the momentum a step, and of the Hessian diagonal an estimate. rho: the larger, the fewer coordinates are clipped.
+    weight_decay: decoupled (times lr). eps: least denominator. compile: fuse the update with torch.compile (needs a
+    C++ compiler on a CPU, Triton on a GPU); the numbers are the same. State: `exp_avg` and `hessian`, like their
+    parameter. Raises ValueError for a hyperparameter out of its range. Source: arXiv 2305.14342, algorithms 2 and 3.
+    """
+
+    def __init__(
+        self, params, lr=6e-4, betas=(0.96, 0.99), rho=0.05, weight_decay=0.2, eps=1e-12, *, compile: bool = False
+    ):
+        super().__init__(params, lr, betas, rho, weight_decay, eps, compile)
+
+
+class SophiaH(_Sophia):
+    """Sophia with Hutchinson's estimator: pair it with `hutchinson`. Arguments as for SophiaG.
+    Source: arXiv 2305.14342, algorithms 1 and 3.
+    """
+
+    def __init__(
+        self, params, lr=6e-4, betas=(0.96, 0.99), rho=0.01, weight_decay=0.2, eps=1e-12, *, compile: bool = False
+    ):
+        super().__init__(params, lr, betas, rho, weight_decay, eps, compile)
+
+
+@functools.cache
+def _compiled(update: Callable) -> Callable:
+    return torch.compile(update, dynamic=False)
+
+
+def _sophia_update(groups: list[tuple]) -> None:
+    # Over whole lists at once: eager it is a few launches, compiled it is one pass over the memory.
+    for params, grads, exp_avgs, hessians, lr, beta1, rho, weight_decay, eps in groups:
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        denominators = torch._foreach_mul(hessians, rho)
+        torch._foreach_clamp_min_(denominators, eps)
+        updates = torch._foreach_div(exp_avgs, denominators)
+        torch._foreach_clamp_min_(updates, -1)
+        torch._foreach_clamp_max_(updates, 1)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_sub_(params, updates)
+
+
+def sample_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Labels drawn from softmax(logits): logits (..., V) of any floating dtype give int64 labels (...).
+
+    For engines that need `.backward()` (FSDP2, DeepSpeed): take the gradient of the mean cross-entropy against these
+    labels yourself; B * grad * grad, B the number of labels, is the estimate for `update_hessian`.
+    """
+    device = generator.device if generator is not None else logits.device
+    uniforms = torch.rand(2, *logits.shape[:-1], generator=generator, device=device)
+    return labels_from_uniforms(logits, uniforms.to(logits.device))
+
+
+_VOCABULARY_BLOCK = 256
+
+
+@torch.no_grad()
+def labels_from_uniforms(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """`sample_labels` for given random numbers: logits (..., V), uniforms (2, ...) in [0, 1), labels (...).
+
+    Inverts the cumulative distribution in two stages: the first number picks a block of the vocabulary by its share
+    of the softmax, the second a token within the block. So no cumulative sum runs over the whole vocabulary, and
+    rare tokens keep the full resolution of a uniform number.
+    """
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    logits = logits.reshape(-1, V)  # (N, V)
+    first, second = uniforms.reshape(2, -1, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (N, 1) each
+    W = min(_VOCABULARY_BLOCK, V)
+    whole = V // W * W
+    peak = logits.amax(dim=-1, keepdim=True).to(first.dtype)  # (N, 1)
+    masses = (logits[:, :whole].unflatten(-1, (-1, W)) - peak.unsqueeze(-1)).exp().sum(dim=-1)  # (N, V // W)
+    if whole < V:
+        masses = torch.cat((masses, (logits[:, whole:] - peak).exp().sum(dim=-1, keepdim=True)), dim=-1)
+    block = _invert_cdf(masses, first)  # (N, 1)
+    tokens = block * W + torch.arange(W, device=logits.device)  # (N, W)
+    inside = (logits.gather(-1, tokens.clamp_max(V - 1)) - peak).exp() * (tokens < V)
+    return (block * W + _invert_cdf(inside, second)).reshape(shape)
+
+
+def _invert_cdf(masses: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = masses.cumsum(dim=-1)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+
+
+def gauss_newton_bartlett(
+    logits: Tensor, params: Iterable[Tensor], generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """An unbiased, never negative estimate of the Gauss-Newton matrix's diagonal of the mean cross-entropy.
+
+    logits: (..., V), still attached to their graph, which is freed; every position counts, so leave out padding
+    (`logits[mask]`). params: the tensors to estimate for. Returns one tensor for each: B * g * g, with B the number of
+    positions and g the gradient of the mean cross-entropy against labels drawn from softmax(logits); zeros for a
+    parameter that was not used. Source: arXiv 2305.14342, algorithm 2.
+    """
+    params = list(params)
+    labels = sample_labels(logits.detach(), generator)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
+    gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+    return [labels.numel() * gradient * gradient for gradient in gradients]
+
+
+def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+    """An unbiased estimate of the diagonal of the Hessian of `loss`; its entries may be negative.
+
+    loss: a scalar that still carries its graph, which is freed. Fused attention has no second derivative: run the
+    model inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. Returns u * (H u) for each of `params`, with
+    u ~ N(0, I) drawn from `generator` (zeros for a parameter that was not used). Source: arXiv 2305.14342, algorithm 1.
+    """
+    params = list(params)
+    if not loss.requires_grad:
+        raise ValueError("the loss carries no graph: compute it with gradients enabled, and before any .backward()")
+    if any(isinstance(param, DTensor) for param in params):
+        raise ValueError("hutchinson does not work on sharded parameters (FSDP2): use gauss-newton-bartlett's labels")
+    directions = normal_like(params, generator)
+    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+    with_graph = [(g, u) for g, u in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not with_graph:  # a loss that is linear in every parameter
+        return [torch.zeros_like(param) for param in params]
+    try:
+        products = torch.autograd.grad(
+            [g for g, _ in with_graph],
+            params,
+            grad_outputs=[u for _, u in with_graph],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "scaled_dot_product" not in str(error):
+            raise
+        raise RuntimeError(
+            "fused attention has no second derivative: compute the loss inside"
+            " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        ) from error
+    return [u * product for u, product in zip(directions, products, strict=True)]
+
+
+def normal_like(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+    """One tensor of standard normal numbers for each of `params`, drawn in their order on the generator's device."""
+    draws = []
+    for param in params:
+        device = generator.device if generator is not None else param.device
+        draws.append(torch.randn(param.shape, dtype=param.dtype, device=device, generator=generator).to(param.device))
+    return draws

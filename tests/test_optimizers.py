@@ -1,0 +1,217 @@
+"""SophiaG, SophiaH and Lion as optimizers: their formulas against float64, and torch.optim's habits."""
+
+import copy
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lion import Lion
+from sophia import SophiaG, SophiaH
+
+SHAPES = [(7, 5), (11,), (3, 2, 4)]
+COMPILERS = [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"))]
+
+
+def sophia_reference(theta, m, h, gradient, lr, beta1, rho, weight_decay, eps):
+    m = beta1 * m + (1 - beta1) * gradient
+    theta = theta - lr * weight_decay * theta
+    step = np.empty_like(theta)
+    for i in np.ndindex(theta.shape):  # coordinate by coordinate, as the paper writes it
+        step[i] = max(-1.0, min(1.0, m[i] / max(rho * h[i], eps)))
+    return theta - lr * step, m
+
+
+def lion_reference(theta, m, gradient, lr, beta1, beta2, weight_decay):
+    theta = theta - lr * weight_decay * theta
+    theta = theta - lr * np.sign(beta1 * m + (1 - beta1) * gradient)
+    return theta, beta2 * m + (1 - beta2) * gradient
+
+
+def problem(dtype=torch.float64):
+    """Parameters in two groups with and without weight decay, and gradients and curvatures for 50 steps."""
+    random = np.random.default_rng(0)
+    params = [torch.nn.Parameter(torch.tensor(random.normal(size=shape), dtype=dtype)) for shape in SHAPES]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    gradients = [[random.normal(size=shape) for shape in SHAPES] for _ in range(50)]
+    # of both signs and of very different sizes, so that some coordinates are clipped and some are not
+    curvatures = [[random.normal(size=shape) * 10 ** random.uniform(-3, 3) for shape in SHAPES] for _ in range(50)]
+    return params, groups, gradients, curvatures
+
+
+def learning_rate(step):
+    return 1e-2 * (1 + math.cos(step / 20))
+
+
+def give_gradients(params, gradients):
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = torch.tensor(gradient, dtype=param.dtype)
+
+
+@pytest.mark.parametrize("compile", COMPILERS)
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH])
+def test_sophia_matches_a_float64_reference_over_50_steps(optimizer_class, compile):
+    params, groups, gradients, curvatures = problem()
+    optimizer = optimizer_class(groups, lr=1.0, betas=(0.9, 0.8), rho=0.3, weight_decay=0.2, eps=1e-12, compile=compile)
+    thetas = [param.detach().numpy().copy() for param in params]
+    ms = [np.zeros_like(theta) for theta in thetas]
+    hs = [np.zeros_like(theta) for theta in thetas]
+    unclipped = []
+    for step in range(50):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        if step % 10 == 0:
+            optimizer.update_hessian([torch.tensor(estimate) for estimate in curvatures[step]])
+            hs = [0.8 * h + (1 - 0.8) * estimate for h, estimate in zip(hs, curvatures[step], strict=True)]
+        give_gradients(params, gradients[step])
+        optimizer.step()
+        for i, decay in enumerate((0.2, 0.2, 0.0)):
+            thetas[i], ms[i] = sophia_reference(
+                thetas[i], ms[i], hs[i], gradients[step][i], learning_rate(step), 0.9, 0.3, decay, 1e-12
+            )
+            assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
+        inside = sum((np.abs(m) < 0.3 * h).sum() for m, h in zip(ms, hs, strict=True))
+        unclipped.append(inside / sum(theta.size for theta in thetas))
+        assert optimizer.unclipped_fraction() == pytest.approx(unclipped[-1])
+    assert 0.05 < np.mean(unclipped) < 0.95  # both branches of the clip were taken
+
+
+@pytest.mark.parametrize("compile", COMPILERS)
+def test_lion_matches_a_float64_reference_over_50_steps(compile):
+    params, groups, gradients, _ = problem()
+    optimizer = Lion(groups, lr=1.0, betas=(0.9, 0.8), weight_decay=0.5, compile=compile)
+    thetas = [param.detach().numpy().copy() for param in params]
+    ms = [np.zeros_like(theta) for theta in thetas]
+    for step in range(50):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        give_gradients(params, gradients[step])
+        optimizer.step()
+        for i, decay in enumerate((0.5, 0.5, 0.0)):
+            thetas[i], ms[i] = lion_reference(
+                thetas[i], ms[i], gradients[step][i], learning_rate(step), 0.9, 0.8, decay
+            )
+            assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.parametrize("optimizer_class", [SophiaG, Lion])
+def test_the_compiled_update_gives_the_same_float32_numbers_and_is_compiled_once(optimizer_class):
+    torch.compiler.reset()
+    runs = []
+    for compile in (False, True):
+        params, groups, gradients, curvatures = problem(torch.float32)
+        optimizer = optimizer_class(groups, compile=compile)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(12):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
+                if optimizer_class is SophiaG and step % 5 == 0:
+                    optimizer.update_hessian([torch.tensor(c, dtype=torch.float32) for c in curvatures[step]])
+                give_gradients(params, gradients[step])
+                optimizer.step()
+        runs.append(params)
+    for plain, compiled in zip(*runs, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-6, atol=1e-7)
+
+
+def quadratic(optimizer_class, **options):
+    params = [torch.nn.Parameter(torch.full((4,), 2.0)), torch.nn.Parameter(torch.full((3, 2), -1.0))]
+    return params, optimizer_class(params, **options)
+
+
+def backward(params):
+    sum((param**2).sum() for param in params).backward()
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+def test_schedulers_closures_and_tensor_learning_rates_work(optimizer_class):
+    params, optimizer = quadratic(optimizer_class, lr=torch.tensor(0.01))
+    optimizer.param_groups[0]["lr"] = 0.01
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+
+    def closure():
+        optimizer.zero_grad()
+        backward(params)
+        return torch.tensor(7.0)
+
+    for _ in range(100):
+        assert optimizer.step(closure) == 7.0
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert params[0].abs().max() < 1.7
+    params, optimizer = quadratic(optimizer_class, lr=torch.tensor(0.01))
+    backward(params)
+    optimizer.step()
+    assert torch.allclose(params[0], torch.full((4,), 2.0 - 0.01), atol=0.005)
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+def test_state_round_trips_and_copies_go_on_alike(optimizer_class):
+    params, optimizer = quadratic(optimizer_class, lr=0.01)
+    backward(params)
+    if optimizer_class is not Lion:
+        optimizer.update_hessian([param.detach() ** 2 for param in params])
+    optimizer.step()
+    twin_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    twin = optimizer_class(twin_params, lr=0.5)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for these, stepper in ((params, optimizer), (twin_params, twin)):
+        stepper.zero_grad()
+        backward(these)
+        stepper.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twin_params, strict=True))
+    names = {"exp_avg"} if optimizer_class is Lion else {"exp_avg", "hessian"}
+    for param in params:
+        assert set(optimizer.state[param]) == names
+        assert all(value.shape == param.shape for value in optimizer.state[param].values())
+    backward(params)
+    copy.deepcopy(optimizer).step()
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+def test_parameters_without_gradients_stay_and_new_groups_join(optimizer_class):
+    params, optimizer = quadratic(optimizer_class, lr=0.01, weight_decay=0.1)
+    (params[0] ** 2).sum().backward()
+    optimizer.step()
+    assert torch.all(params[1] == -1)
+    assert params[1] not in optimizer.state
+    late = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    backward([late])
+    optimizer.step()
+    assert late.max() < 0.6
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1e-3}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1}, {"lr": math.nan}]
+)
+def test_bad_hyperparameters_are_refused_with_their_value(optimizer_class, bad):
+    with pytest.raises(ValueError, match="must be in"):
+        optimizer_class([torch.nn.Parameter(torch.ones(1))], **bad)
+
+
+@pytest.mark.parametrize("bad", [{"rho": -1.0}, {"eps": -1e-3}])
+def test_bad_hyperparameters_of_sophia_are_refused(bad):
+    with pytest.raises(ValueError, match="must be in"):
+        SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
+
+
+def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():
+    params, optimizer = quadratic(SophiaG)
+    with pytest.raises(ValueError, match="1 tensors, the optimizer 2 parameters"):
+        optimizer.update_hessian([params[0]])
+    with pytest.raises(ValueError, match=r"estimate 1 has shape \(4,\), its parameter \(3, 2\)"):
+        optimizer.update_hessian([params[0], params[0]])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+def test_sparse_gradients_are_refused(optimizer_class):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer_class([param]).step()

@@ -1,0 +1,332 @@
+"""train.py end to end on a tiny model: its invariants, its records, and what it refuses."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import OPTIMIZERS, TINY, arguments, same_weights, write_dataset
+from safetensors.torch import load_file, save_file
+
+import train as script
+from training import checkpoints
+from training.settings import ROOT
+
+ALL = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def last_checkpoint(out_dir):
+    return checkpoints.folders(out_dir)[-1]
+
+
+@ALL
+def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
+    options = OPTIMIZERS[optimizer] | {"max_iters": 60, "eval_interval": 30, "dropout": 0.1, "hessian_interval": 7}
+    whole = train(tmp_path / "whole", **options)
+    train(tmp_path / "parts", **options | {"max_iters": 30, "lr_decay_iters": 60})
+    parts = train(tmp_path / "parts", **options, init_from="resume")
+    assert same_weights(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts"))
+    timings = ("seconds", "tokens_per_second")
+    left, right = ([{k: v for k, v in row.items() if k not in timings} for row in rows] for rows in (whole, parts))
+    assert left == right
+    assert [row["step"] for row in parts] == list(range(61))
+
+
+@ALL
+def test_the_micro_batch_changes_nothing_but_rounding(train, tmp_path, optimizer):
+    losses = [
+        [row["train/loss"] for row in train(tmp_path / str(size), **OPTIMIZERS[optimizer], micro_batch_size=size)[1:]]
+        for size in (1, 8)
+    ]
+    assert np.abs(np.subtract(*losses)).max() < 1e-5
+
+
+@ALL
+def test_two_ranks_give_the_losses_of_one(train, dataset, tmp_path, optimizer):
+    options = TINY | OPTIMIZERS[optimizer] | {"dataset": dataset, "out_dir": tmp_path / "two", "micro_batch_size": 2}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train.py", *arguments(**options)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    one = train(tmp_path / "one", **OPTIMIZERS[optimizer])
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(21))
+    for key in ("train/loss", "val/loss", "grad_norm"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert np.abs(np.subtract(*values)).max() < 1e-5, key
+    assert one[1]["train/loss"] - one[20]["train/loss"] > 0.01  # it learnt something to disagree about
+
+
+def test_evaluation_and_logging_do_not_change_the_run(train, tmp_path):
+    often = train(tmp_path / "often", optimizer="sophiag", eval_interval=1, log_interval=1)
+    rarely = train(tmp_path / "rarely", optimizer="sophiag", eval_interval=20, log_interval=7, eval_sequences=3)
+    assert same_weights(last_checkpoint(tmp_path / "often"), last_checkpoint(tmp_path / "rarely"))
+    assert [row["step"] for row in rarely] == [0, 7, 14, 20]
+    assert often[14]["train/loss"] == rarely[2]["train/loss"]
+    assert often[14]["clip_rate"] == rarely[2]["clip_rate"]
+
+
+def test_the_seed_decides_the_run(train, tmp_path):
+    a, b, c = (train(tmp_path / name, seed=seed, max_iters=3) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    losses = [[row.get("train/loss") for row in rows] for rows in (a, b, c)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_metrics_mean_what_they_say(train, tmp_path, dataset):
+    rows = train(tmp_path / "run", optimizer="sophiag", grad_clip=0.5, max_iters=10)
+    assert rows[0].keys() == {"step", "tokens", "seconds", "val/loss"}
+    assert rows[10]["tokens"] == 10 * 8 * 16
+    assert rows[1]["lr"] == pytest.approx(6e-4 / 3)
+    clipped = [row["grad_norm"] > 0.5 for row in rows[1:]]
+    assert rows[10]["clip_rate"] == pytest.approx(sum(clipped) / 10)
+    assert 0 <= rows[10]["win_rate"] <= 1
+    assert rows[10]["tokens_per_second"] > 0
+    assert "mfu" not in rows[10]  # a CPU has no data-sheet peak here
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["hessian_batch_size"] == 4
+    assert settings["beta1"] == 0.96
+    # the training loss is that of the whole batch, before the update
+    data = script.open_data(str(dataset), 16)
+    torch.manual_seed(1337)
+    model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
+    with torch.no_grad():
+        assert model(*data.train_rows(1337, 1, 8, 0, 8)).item() == pytest.approx(rows[1]["train/loss"], abs=1e-6)
+
+
+def test_validation_covers_the_whole_split_in_fixed_blocks(train, tmp_path, dataset):
+    rows = train(tmp_path / "run", eval_sequences=0, max_iters=1, micro_batch_size=8)
+    data = script.open_data(str(dataset), 16)
+    torch.manual_seed(1337)
+    model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
+    val = torch.from_numpy(data.val.astype(np.int64))
+    blocks = (len(val) - 1) // 16
+    x, y = val[: blocks * 16].view(-1, 16), val[1 : blocks * 16 + 1].view(-1, 16)
+    assert blocks % 8  # so that the last batch is filled up
+    with torch.no_grad():
+        assert rows[0]["val/loss"] == pytest.approx(model(x, y).item(), abs=1e-6)
+
+
+def test_old_checkpoints_go_but_the_newest_and_the_best_stay(train, tmp_path):
+    rows = train(tmp_path, optimizer="lion", eval_interval=2, learning_rate=1.0, decay_lr=False, warmup_iters=20)
+    losses = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
+    best = min(losses, key=losses.get)
+    assert best < 18, losses  # a learning rate that hurts, so that the best is not among the newest
+    kept = [int(folder.name.removeprefix("step_")) for folder in checkpoints.folders(tmp_path)]
+    assert kept == sorted({best, 18, 20})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, tmp_path):
+    train(tmp_path, max_iters=10)
+    disaster = {"learning_rate": 1e38, "min_lr": 0.0, "grad_clip": 0.0, "log_interval": 4}
+    with pytest.raises(script.errors.Diverged, match=r"is (nan|inf).*at step 1[1-9].*step_00000010"):
+        train(tmp_path, init_from="resume", max_iters=20, **disaster)
+    assert last_checkpoint(tmp_path).name == "step_00000010"
+    assert all(torch.isfinite(w).all() for w in load_file(last_checkpoint(tmp_path) / "model.safetensors").values())
+
+
+def test_eval_only_writes_nothing(train, tmp_path, capsys):
+    train(tmp_path / "run", max_iters=10)
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    capsys.readouterr()
+    train(tmp_path / "run", init_from="resume", eval_only=True)
+    assert "validation loss" in capsys.readouterr().err
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    train(tmp_path / "new", eval_only=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
+    plain = train(tmp_path / "plain", optimizer="sophiag", max_iters=10)
+    fast = train(tmp_path / "fast", optimizer="sophiag", max_iters=10, dtype="bfloat16", compile=True)
+    losses = [[row["train/loss"] for row in rows[1:]] for rows in (plain, fast)]
+    assert np.abs(np.subtract(*losses)).max() < 0.02
+    assert losses[0] != losses[1]
+
+
+def test_gpt2_weights_can_be_trained_on(train, tmp_path, dataset):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_positions=16, vocab_size=256, n_layer=1, n_head=2, n_embd=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    rows = train(tmp_path / "run", init_from=tmp_path / "gpt2", max_iters=5)
+    assert rows[-1]["step"] == 5
+    train(tmp_path / "run", init_from="resume", max_iters=6, n_layer=1, n_embd=8, bias=True)
+
+
+def test_wandb_gets_the_rows(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rows = train(tmp_path, wandb_log=True, max_iters=3)
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    records = read_wandb(files[0])
+    assert [record["step"] for record in records] == [row["step"] for row in rows]
+    assert [record.get("train/loss") for record in records] == [row.get("train/loss") for row in rows]
+
+
+def read_wandb(path):
+    """The logged rows of an offline run: protocol buffers in LevelDB's log format, after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    log, position, message, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(log):
+        if 32768 - position % 32768 < 7:  # the rest of a block too small for a record
+            position += 32768 - position % 32768
+        _, length, kind = struct.unpack_from("<IHB", log, position)
+        message += log[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(message)
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+            message = b""
+    return rows
+
+
+# What it refuses. Nothing may be written.
+
+
+@pytest.fixture
+def refuses(train, refused, tmp_path):
+    def run(complaint, *configs, **options):
+        out_dir = options.pop("out_dir", tmp_path / "out")
+        existed = out_dir.exists()
+        line = refused(lambda: train(out_dir, *configs, **options))
+        assert complaint in line
+        assert out_dir.exists() == existed
+
+    return run
+
+
+def test_refuses_an_unknown_setting(refuses):
+    refuses("did you mean 'learning_rate'", learning_rat=1)
+
+
+def test_refuses_a_wrong_type(refuses):
+    refuses("n_layer = 'x'", n_layer="x")
+
+
+def test_refuses_a_batch_that_does_not_divide(refuses):
+    refuses("batch_size = 8 is not a multiple of 3 (micro_batch_size 3); 6 or 9 would do", micro_batch_size=3)
+
+
+def test_refuses_a_missing_data_set(refuses):
+    shutil.rmtree(ROOT / "data" / "nowhere", ignore_errors=True)
+    refuses("python data/openwebtext/prepare.py", dataset="nowhere")
+    if not (ROOT / "data" / "openwebtext" / "train.bin").exists():
+        refuses("make it with: python data/openwebtext/prepare.py", dataset="openwebtext")
+
+
+def test_refuses_data_shorter_than_a_block(refuses, tmp_path):
+    write_dataset(tmp_path / "short", range(200), range(16))
+    refuses("val.bin has 16 tokens, fewer than one block of block_size + 1 = 17", dataset=tmp_path / "short")
+    write_dataset(tmp_path / "empty", [], range(100))
+    refuses("train.bin has 0 tokens", dataset=tmp_path / "empty")
+
+
+def test_refuses_an_odd_number_of_bytes(refuses, tmp_path):
+    write_dataset(tmp_path / "odd", range(200), range(100))
+    with open(tmp_path / "odd" / "train.bin", "ab") as file:
+        file.write(b"x")
+    refuses("odd number of bytes", dataset=tmp_path / "odd")
+
+
+def test_refuses_tokens_beyond_the_vocabulary(refuses, tmp_path):
+    write_dataset(tmp_path / "wide", [*range(200), 256], range(100))
+    refuses("token id 256, beyond the vocabulary of 256", dataset=tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        "{",
+        "[]",
+        '{"tokenizer": "bytes"}',
+        '{"tokenizer": "x", "vocab_size": 5}',
+        '{"tokenizer": "bytes", "vocab_size": 1e99}',
+        '{"tokenizer": [], "vocab_size": 5}',
+    ],
+)
+def test_refuses_a_bad_meta_file(refuses, tmp_path, meta):
+    write_dataset(tmp_path / "data", range(200), range(100))
+    (tmp_path / "data" / "meta.json").write_text(meta)
+    refuses("meta.json", dataset=tmp_path / "data")
+
+
+def test_assumes_gpt2s_vocabulary_without_a_meta_file(train, tmp_path, capsys):
+    write_dataset(tmp_path / "data", range(50000, 50200), range(100))
+    (tmp_path / "data" / "meta.json").unlink()
+    train(tmp_path / "out", dataset=tmp_path / "data", max_iters=1)
+    assert "GPT-2's vocabulary of 50257 tokens is assumed" in capsys.readouterr().err
+    assert load_file(last_checkpoint(tmp_path / "out") / "model.safetensors")["wte.weight"].shape[0] == 50304
+
+
+def test_refuses_a_config_that_calls_a_function(refuses, tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text(f"n_layer = open({str(tmp_path / 'proof')!r}, 'w').write('x')")
+    refuses("a config file is not executed", config)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_refuses_to_resume_without_a_checkpoint(refuses):
+    refuses("no checkpoint in", init_from="resume")
+
+
+def test_refuses_a_checkpoint_of_another_architecture_or_optimizer(train, refuses, tmp_path):
+    train(tmp_path / "run", max_iters=1)
+    refuses("n_layer = 3, but the checkpoint", out_dir=tmp_path / "run", init_from="resume", n_layer=3)
+    refuses("was trained with adamw", out_dir=tmp_path / "run", init_from="resume", optimizer="lion")
+
+
+def test_refuses_to_overwrite_a_run(train, refuses, tmp_path):
+    train(tmp_path / "run", max_iters=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    refuses("holds a run already", out_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_refuses_damaged_checkpoints(train, refuses, tmp_path):
+    train(tmp_path / "run", max_iters=1)
+    folder = last_checkpoint(tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    del weights["ln_f.weight"]
+    save_file(weights, folder / "model.safetensors")
+    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume")
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    refuses("cannot be read", out_dir=tmp_path / "run", init_from="resume")
+    (folder / "state.json").write_text("{}")
+    refuses("damaged", out_dir=tmp_path / "run", init_from="resume")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_refuses_cuda_where_there_is_none(refuses):
+    refuses("this machine has no CUDA device", device="cuda")
+    refuses("must be auto, cpu, cuda, cuda:N or mps", device="gpu")
+
+
+def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refuses("init_from = 'gpt2-none': ", init_from="gpt2-none")
+    refuses("init_from = 'scrach': must be 'scratch', 'resume', a hub name 'gpt2*' or a folder", init_from="scrach")
+
+
+def test_the_whole_program_ends_with_code_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--n_layr=3"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: unknown setting 'n_layr' in the command line; did you mean 'n_layer'? (--help lists all)\n"
+    )  # noqa: E501
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,173 @@
+"""Pretrain GPT-2 with AdamW, Lion, Sophia-H or Sophia-G.
+
+    python train.py [CONFIG.py …] [--name=value …]                        one device
+    torchrun --nproc_per_node=8 train.py config/gpt2_small_sophiag.py     eight
+
+`python train.py --help` lists every setting.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model import GPT, GPTConfig
+from training import checkpoints, errors, machine, settings, steps
+from training.batches import Batches, check_batch
+from training.curvature import Curvature
+from training.data import open_data
+from training.metrics import Metrics
+from training.optimizers import learning_rate, make_optimizer
+
+
+def main() -> None:
+    # Everything that can be refused is refused before anything is allocated or written.
+    s = settings.read(sys.argv[1:])
+    check_batch(s, machine.environment_ranks()[1])
+    data = open_data(s.dataset, s.block_size)
+    out_dir = Path(s.out_dir)
+    resumed = checkpoints.newest(out_dir) if s.init_from == "resume" else None
+    if not resumed and not s.eval_only and checkpoints.folders(out_dir):
+        raise errors.UserError(
+            f"{out_dir} holds a run already: go on with --init_from=resume, or take another --out_dir"
+        )
+    here = machine.set_up(s)
+
+    torch.manual_seed(s.seed)
+    model = initial_model(s, data.padded_vocab_size)
+    progress = checkpoints.Progress()
+    changes = checkpoints.check_same_run(resumed, model.config, s) if resumed else []
+    if resumed:
+        resumed.load_model(model)
+        progress = resumed.progress
+    model.to(here.device)
+    optimizer = make_optimizer(model, s, here)
+    if resumed:
+        resumed.load_optimizer(model, optimizer)
+    batches = Batches(data, s, here)
+    compiled = torch.compile(model, dynamic=False) if here.compile else model
+    network = steps.data_parallel(compiled, here)
+    curvature = Curvature(model, s, here, batches)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    describe(s, here, model, data, progress, changes)
+    if s.eval_only:
+        here.note(f"validation loss {steps.validation_loss(compiled, batches):.4f} at step {progress.step}")
+        return
+    if here.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(out_dir / "settings.json", dataclasses.asdict(s))
+    metrics = Metrics(out_dir, s, progress.step, here.is_main)
+
+    def evaluate_and_save() -> float:
+        progress.val_loss = steps.validation_loss(compiled, batches)
+        if not math.isfinite(progress.val_loss):
+            raise errors.Diverged(divergence(f"the validation loss is {progress.val_loss}", progress.step, out_dir))
+        progress.best_val_loss = min(progress.val_loss, progress.best_val_loss or math.inf)
+        return progress.val_loss
+
+    def save() -> None:
+        if here.is_main:
+            checkpoints.save(out_dir, model, optimizer, progress, s, data.tokenizer)
+
+    tokens_per_step = s.batch_size * s.block_size
+    if progress.step == 0:
+        metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate_and_save()})
+        save()
+
+    recent = []  # (loss, gradient norm) on the device of the steps since the last row
+    started = time.perf_counter()
+    for step in range(progress.step + 1, s.max_iters + 1):
+        lr = learning_rate(s, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if curvature.is_due(step):
+            optimizer.update_hessian(curvature.estimate(step, params))
+        loss = steps.accumulate_gradients(network, batches, step)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(torch.stack((loss, grad_norm)))
+
+        evaluating = step % s.eval_interval == 0 or step == s.max_iters
+        if step % s.log_interval and not evaluating:
+            continue
+        # The one place where the host waits for the device.
+        window = torch.stack(recent)
+        here.sum_over_ranks([window])
+        window = (window / here.world_size).tolist()
+        recent.clear()
+        for earlier, (value, norm) in enumerate(window, start=step - len(window) + 1):
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise errors.Diverged(
+                    divergence(f"the training loss is {value}, its gradient's norm {norm}", earlier, out_dir)
+                )
+        seconds = time.perf_counter() - started
+        speed = len(window) * tokens_per_step / seconds
+        peak = here.peak_flops()
+        progress.step = step
+        progress.seconds += seconds
+        progress.clipped_steps += sum(norm > s.grad_clip > 0 for _, norm in window)
+        row = {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "seconds": progress.seconds,
+            "lr": lr,
+            "train/loss": window[-1][0],
+            "val/loss": evaluate_and_save() if evaluating else None,
+            "grad_norm": window[-1][1],
+            "clip_rate": progress.clipped_steps / step,
+            "win_rate": optimizer.unclipped_fraction() if s.optimizer.startswith("sophia") else None,
+            "tokens_per_second": speed,
+            "mfu": speed * model.flops_per_token() / (peak * here.world_size) if peak else None,
+        }
+        metrics.write(row)
+        if evaluating:
+            save()
+        started = time.perf_counter()
+    metrics.close()
+
+
+def initial_model(s: settings.Settings, vocab_size: int) -> GPT:
+    """Fresh weights, or OpenAI's."""
+    if s.init_from in ("scratch", "resume"):
+        names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
+        return GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names}))
+    if not s.init_from.startswith("gpt2") and not Path(s.init_from).is_dir():
+        raise errors.UserError(
+            f"init_from = {s.init_from!r}: must be 'scratch', 'resume', a hub name 'gpt2*' or a folder with weights"
+        )
+    try:
+        return GPT.from_pretrained(s.init_from, s.block_size)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"init_from = {s.init_from!r}: {str(error).splitlines()[0]}") from None
+
+
+def describe(s, here, model, data, progress, changes) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    if not data.has_meta:
+        here.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
+    for change in changes:
+        here.note(f"resuming with another setting: {change}")
+    here.note(
+        f"{parameters / 1e6:.1f}M parameters on {here.world_size} x {here.device.type} in {str(here.dtype)[6:]},"
+        f" {s.optimizer}, {s.batch_size} x {s.block_size} tokens a step, steps {progress.step} to {s.max_iters}"
+    )
+
+
+def divergence(what: str, step: int, out_dir: Path) -> str:
+    found = checkpoints.folders(out_dir)
+    kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return f"{what} at step {step}: stopped; {kept}; try a lower learning_rate or, with Sophia, a higher rho"
+
+
+if __name__ == "__main__":
+    try:
+        errors.run(main)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""Tokenized text on disk, and the batches a run takes from it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import randomness
+from training.errors import UserError
+from training.settings import ROOT
+from training.tokenizers import GPT2, TOKENIZERS
+
+CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A folder with train.bin and val.bin, raw little-endian uint16 tokens, and what its meta.json says of them.
+
+    A batch is a pair (x, y) of int64 tensors (sequences, block_size): y is x one token later.
+    """
+
+    folder: Path
+    tokenizer: str
+    vocab_size: int
+    train: np.ndarray
+    val: np.ndarray
+    block_size: int
+    has_meta: bool
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rounded up to a multiple of 64, which matrix units like: 50257 becomes 50304."""
+        return -(-self.vocab_size // 64) * 64
+
+    def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Sequences `start` to `stop` of the `batch_size` of step `step`, a function of (seed, step) alone: each begins
+        anywhere in the training split with equal probability.
+        """
+        random = np.random.default_rng(randomness.stream(seed, randomness.DATA, step))
+        starts = random.integers(0, len(self.train) - self.block_size, size=batch_size)
+        return self._rows(self.train, starts[start:stop], "train.bin")
+
+    def val_blocks(self, sequences: int) -> np.ndarray:
+        """Where the blocks of the validation split begin that an evaluation takes: `sequences` of them evenly spread,
+        or all (0).
+        """
+        blocks = (len(self.val) - 1) // self.block_size
+        count = min(sequences, blocks) or blocks
+        return np.arange(count) * blocks // count * self.block_size
+
+    def val_rows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self._rows(self.val, starts, "val.bin")
+
+    def _rows(self, tokens: np.ndarray, starts: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+        rows = tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (sequences, T + 1)
+        check_range(rows, self.vocab_size, self.folder / name)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path} has the token id {largest}, beyond the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+        )
+
+
+def data_folder(dataset: str) -> Path:
+    """The folder that a `dataset` setting names; UserError where there is no data set."""
+    folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
+    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
+    if missing:
+        known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
+        if folder.name in known:
+            hint = f"make it with: python data/{folder.name}/prepare.py"
+        else:
+            hint = "data sets that can be made: " + ", ".join(f"python data/{name}/prepare.py" for name in known)
+        raise UserError(f"data set {dataset!r}: {folder / missing[0]} does not exist; {hint}")
+    return folder
+
+
+def open_data(dataset: str, block_size: int) -> TokenData:
+    """Open a data set, with every check that can be made before training on it."""
+    folder = data_folder(dataset)
+    meta = read_meta(folder)
+    vocab_size = meta["vocab_size"]
+    splits = {}
+    for name in ("train.bin", "val.bin"):
+        path = folder / name
+        if path.stat().st_size % 2:
+            raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
+        tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else np.empty(0, "<u2")
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"{path} has {len(tokens)} tokens, fewer than one block of block_size + 1 = {block_size + 1};"
+                f" prepare more data or lower block_size"
+            )
+        check_range(tokens[:CHECKED_TOKENS], vocab_size, path)
+        splits[name.removesuffix(".bin")] = tokens
+    has_meta = (folder / "meta.json").exists()
+    return TokenData(folder, meta["tokenizer"], vocab_size, **splits, block_size=block_size, has_meta=has_meta)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says; without one, GPT-2's vocabulary is assumed."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return {"tokenizer": GPT2.name, "vocab_size": GPT2.vocab_size}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged: it must be a JSON object with tokenizer and vocab_size") from None
+    if tokenizer not in list(TOKENIZERS):
+        raise UserError(f"{path}: tokenizer {str(tokenizer)[:40]!r} is unknown; known are {', '.join(TOKENIZERS)}")
+    if type(vocab_size) is not int or not 1 <= vocab_size <= 2**16:
+        raise UserError(f"{path}: vocab_size {str(vocab_size)[:40]} must be a whole number from 1 to 65536")
+    return meta
+
+
+def share(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The consecutive part (start, stop) of `count` things that falls to a rank; parts differ by one at most."""
+    return count * rank // world_size, count * (rank + 1) // world_size
+
+
+def chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)

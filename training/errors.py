@@ -1,0 +1,39 @@
+"""Errors that are the user's to mend: one clear line and an exit code, never a traceback."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was wrong, where, and what would be right. Exit code 2."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """The loss or the gradient stopped being a finite number. Exit code 3."""
+
+    exit_code = 3
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as everywhere here. `text` is the script's docstring."""
+
+    def __init__(self, text: str | None):
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`; a UserError ends the process with its line (printed by rank 0) and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,125 @@
+"""Where a run computes: device, number format, compiler and the ranks of a torchrun job."""
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.errors import UserError
+from training.settings import Settings
+
+# Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by a part of the device's name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def sum_over_ranks(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over the ranks."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def peak_flops(self) -> float | None:
+        """The data-sheet peak of this device in FLOP/s, or None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def note(self, text: str) -> None:
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+
+def environment_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def find_device(name: str) -> torch.device:
+    """The device a `device` setting means on this machine; UserError where there is none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device = {name!r}: this machine has no CUDA device; use --device=auto or --device=cpu")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device = {name!r}: device {index} of {torch.cuda.device_count()} is asked for, from 0")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device = {name!r}: this machine has no MPS device; use --device=auto or --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of matrix products; `auto` is bfloat16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can build code for the device: a C++ compiler, and Triton on CUDA."""
+    if device.type == "cuda" and not torch.utils._triton.has_triton():
+        return False
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl" if platform.system() == "Windows" else None)
+    return any(shutil.which(name) for name in names if name)
+
+
+def set_up(settings: Settings) -> Machine:
+    """Find the device, the number format and the compiler, and join the other ranks if there are any."""
+    rank, world_size = environment_ranks()
+    device = find_device(settings.device)
+    machine = Machine(
+        device=device,
+        dtype=find_dtype(settings.dtype, device),
+        compile=settings.compile and has_compiler(device),
+        rank=rank,
+        world_size=world_size,
+    )
+    if settings.compile and not machine.compile:
+        machine.note("no compiler found for torch.compile: going on without it, which is slower")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
+    if world_size > 1:
+        try:
+            dist.init_process_group(settings.backend or ("nccl" if device.type == "cuda" else "gloo"))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the ranks could not meet: {error}".splitlines()[0]) from None
+    return machine

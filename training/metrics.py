@@ -1,0 +1,89 @@
+"""What a run shows: rows in metrics.jsonl, the same in wandb, and a bar on the terminal."""
+
+import json
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from training.errors import UserError
+from training.settings import Settings
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file."""
+
+    def __init__(self, out_dir: Path, settings: Settings, first_step: int, active: bool):
+        self.active = active
+        if not active:
+            return
+        self.path = out_dir / FILE
+        drop_rows_after(self.path, first_step)
+        self.wandb = start_wandb(settings, out_dir) if settings.wandb_log else None
+        self.bar = tqdm(initial=first_step, total=settings.max_iters, unit="step", dynamic_ncols=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row; entries that are None are left out."""
+        if not self.active:
+            return
+        row = {name: value for name, value in row.items() if value is not None}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        self.bar.update(row["step"] - self.bar.n)
+        shown = {"train/loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+        self.bar.set_postfix_str(", ".join(form.format(row[name]) for name, form in shown.items() if name in row))
+        if "val/loss" in row:
+            self.bar.write(f"step {row['step']}: validation loss {row['val/loss']:.4f}")
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows up to `step`, so that a resumed run has every step once; a half-written last row goes too."""
+    rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out, any other bad line is a UserError."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not a row of metrics") from None
+        rows.append(row)
+    return rows
+
+
+def start_wandb(settings: Settings, out_dir: Path) -> Any:
+    import wandb
+
+    identity = out_dir / "wandb_run_id"  # a resumed run goes on with its curves
+    if settings.init_from != "resume" or not identity.exists():
+        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+    return wandb.init(
+        project=settings.wandb_project,
+        name=settings.wandb_run_name,
+        id=identity.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=out_dir,
+        config=asdict(settings),
+    )

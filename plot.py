@@ -1,0 +1,51 @@
+"""Draw the train and validation loss of one or several runs over their steps.
+
+python plot.py out/adamw out/sophiag -o curves.png
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from training import errors, metrics  # noqa: E402
+
+
+def main() -> None:
+    parser = errors.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders that train.py wrote")
+    parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"), help="picture to write")
+    options = parser.parse_args()
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for number, run in enumerate(options.runs):
+        draw(axes, run, color=f"C{number}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(options.output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"cannot write {options.output}: {error}") from None
+    print(options.output.resolve())
+
+
+def draw(axes: plt.Axes, run: Path, color: str) -> None:
+    """A thin line for the training loss, a thick one with dots for the validation loss."""
+    path = run / metrics.FILE
+    if not path.is_file():
+        raise errors.UserError(f"{path} does not exist: name folders that train.py wrote")
+    rows = metrics.read_rows(path)
+    styles = {
+        "train/loss": {"linewidth": 0.8, "alpha": 0.6},
+        "val/loss": {"linewidth": 2, "marker": ".", "label": run.name},
+    }
+    for key, style in styles.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], color=color, **style)
+
+
+if __name__ == "__main__":
+    errors.run(main)

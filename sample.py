@@ -1,0 +1,77 @@
+"""Print text that a trained model writes, as it writes it.
+
+python sample.py --out_dir=out --start="def main" --num_samples=3
+"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from training import checkpoints, errors
+from training.machine import find_device
+from training.tokenizers import TOKENIZERS
+
+
+def main() -> None:
+    parser = errors.Parser(__doc__)
+    parser.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
+    parser.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
+    parser.add_argument("--num_samples", type=positive, default=1, help="texts to write (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive, default=500, help="tokens a text (default %(default)s)")
+    parser.add_argument("--temperature", type=non_negative, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=positive, help="sample from the k likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    options = parser.parse_args()
+
+    checkpoint = checkpoints.newest(Path(options.out_dir))
+    tokenizer = TOKENIZERS[checkpoint.tokenizer]
+    device = find_device(options.device)
+    tokens = tokenizer.encode(start_text(options.start)) or [tokenizer.end_of_text]
+    model = GPT(checkpoint.config)
+    checkpoint.load_model(model)
+    model.to(device).eval()
+    generator = torch.Generator(device).manual_seed(options.seed)
+    prompt = torch.tensor([tokens], device=device)
+
+    for number in range(options.num_samples):
+        if number:
+            print("\n" + "-" * 40)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
+        sys.stdout.write(tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace"))
+        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
+            sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token[0].tolist())))
+            sys.stdout.flush()
+        print(decoder.decode(b"", final=True))
+
+
+def start_text(start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(f"--start: {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def non_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return number
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from training import checkpoints, errors, machine, settings, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
-from training.data import open_data
+from training.data import TokenData, open_data
 from training.metrics import Metrics
 from training.optimizers import learning_rate, make_optimizer
 
@@ -38,12 +38,11 @@ def main() -> None:
     here = machine.set_up(s)
 
     torch.manual_seed(s.seed)
-    model = initial_model(s, data.padded_vocab_size)
-    progress = checkpoints.Progress()
+    progress = resumed.progress if resumed else checkpoints.Progress(started_from=s.init_from)
+    model = initial_model(s, data, resumed)
     changes = checkpoints.check_same_run(resumed, model.config, s) if resumed else []
     if resumed:
         resumed.load_model(model)
-        progress = resumed.progress
     model.to(here.device)
     optimizer = make_optimizer(model, s, here)
     if resumed:
@@ -61,90 +60,96 @@ def main() -> None:
     if here.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(out_dir / "settings.json", dataclasses.asdict(s))
-    metrics = Metrics(out_dir, s, progress.step, here.is_main)
+    with Metrics(out_dir, s, progress.step, here.is_main) as metrics:
 
-    def evaluate_and_save() -> float:
-        progress.val_loss = steps.validation_loss(compiled, batches)
-        if not math.isfinite(progress.val_loss):
-            raise errors.Diverged(divergence(f"the validation loss is {progress.val_loss}", progress.step, out_dir))
-        progress.best_val_loss = min(progress.val_loss, progress.best_val_loss or math.inf)
-        return progress.val_loss
+        def evaluate() -> float:
+            progress.val_loss = steps.validation_loss(compiled, batches)
+            if not math.isfinite(progress.val_loss):
+                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, out_dir)
+            progress.best_val_loss = min(progress.val_loss, progress.best_val_loss or math.inf)
+            return progress.val_loss
 
-    def save() -> None:
-        if here.is_main:
-            checkpoints.save(out_dir, model, optimizer, progress, s, data.tokenizer)
+        def save() -> None:
+            if here.is_main:
+                checkpoints.save(out_dir, model, optimizer, progress, s, data.tokenizer)
 
-    tokens_per_step = s.batch_size * s.block_size
-    if progress.step == 0:
-        metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate_and_save()})
-        save()
-
-    recent = []  # (loss, gradient norm) on the device of the steps since the last row
-    started = time.perf_counter()
-    for step in range(progress.step + 1, s.max_iters + 1):
-        lr = learning_rate(s, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if curvature.is_due(step):
-            optimizer.update_hessian(curvature.estimate(step, params))
-        loss = steps.accumulate_gradients(network, batches, step)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(torch.stack((loss, grad_norm)))
-
-        evaluating = step % s.eval_interval == 0 or step == s.max_iters
-        if step % s.log_interval and not evaluating:
-            continue
-        # The one place where the host waits for the device.
-        window = torch.stack(recent)
-        here.sum_over_ranks([window])
-        window = (window / here.world_size).tolist()
-        recent.clear()
-        for earlier, (value, norm) in enumerate(window, start=step - len(window) + 1):
-            if not (math.isfinite(value) and math.isfinite(norm)):
-                raise errors.Diverged(
-                    divergence(f"the training loss is {value}, its gradient's norm {norm}", earlier, out_dir)
-                )
-        seconds = time.perf_counter() - started
-        speed = len(window) * tokens_per_step / seconds
-        peak = here.peak_flops()
-        progress.step = step
-        progress.seconds += seconds
-        progress.clipped_steps += sum(norm > s.grad_clip > 0 for _, norm in window)
-        row = {
-            "step": step,
-            "tokens": step * tokens_per_step,
-            "seconds": progress.seconds,
-            "lr": lr,
-            "train/loss": window[-1][0],
-            "val/loss": evaluate_and_save() if evaluating else None,
-            "grad_norm": window[-1][1],
-            "clip_rate": progress.clipped_steps / step,
-            "win_rate": optimizer.unclipped_fraction() if s.optimizer.startswith("sophia") else None,
-            "tokens_per_second": speed,
-            "mfu": speed * model.flops_per_token() / (peak * here.world_size) if peak else None,
-        }
-        metrics.write(row)
-        if evaluating:
+        if not resumed:
+            metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate()})
             save()
+
+        tokens_per_step = s.batch_size * s.block_size
+        recent = []  # (loss, gradient norm), on the device, of the steps since the last row
         started = time.perf_counter()
-    metrics.close()
+        for step in range(progress.step + 1, s.max_iters + 1):
+            lr = learning_rate(s, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            steps.seed_dropout(s, here, step)
+            if curvature.is_due(step):
+                optimizer.update_hessian(curvature.estimate(step, params))
+            loss = steps.accumulate_gradients(network, batches, step)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            recent.append(torch.stack((loss, grad_norm)))
+
+            evaluating = step % s.eval_interval == 0 or step == s.max_iters
+            if step % s.log_interval and not evaluating:
+                continue
+            # The one place where the host waits for the device.
+            window = torch.stack(recent)
+            here.sum_over_ranks([window])
+            window = (window / here.world_size).tolist()
+            recent.clear()
+            for earlier, (value, norm) in enumerate(window, start=step - len(window) + 1):
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    raise divergence(f"the training loss is {value}, its gradient's norm {norm}", earlier, out_dir)
+            seconds = time.perf_counter() - started
+            speed = len(window) * tokens_per_step / seconds
+            peak = here.peak_flops()
+            progress.step = step
+            progress.seconds += seconds
+            progress.clipped_steps += sum(norm > s.grad_clip > 0 for _, norm in window)
+            metrics.write(
+                {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "seconds": progress.seconds,
+                    "lr": lr,
+                    "train/loss": window[-1][0],
+                    "val/loss": evaluate() if evaluating else None,
+                    "grad_norm": window[-1][1],
+                    "clip_rate": progress.clipped_steps / step,
+                    "win_rate": optimizer.unclipped_fraction() if s.optimizer.startswith("sophia") else None,
+                    "tokens_per_second": speed,
+                    "mfu": speed * model.flops_per_token() / (peak * here.world_size) if peak else None,
+                }
+            )
+            if evaluating:
+                save()
+            started = time.perf_counter()
 
 
-def initial_model(s: settings.Settings, vocab_size: int) -> GPT:
-    """Fresh weights, or OpenAI's."""
-    if s.init_from in ("scratch", "resume"):
+def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:
+    """A model of the shape that the settings ask for, or with pretrained weights and their shape."""
+    if s.init_from == "scratch" or (resumed and resumed.progress.started_from == "scratch"):
         names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
-        return GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names}))
+        return GPT(GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(s, name) for name in names}))
+    if resumed:
+        return GPT(resumed.config)
     if not s.init_from.startswith("gpt2") and not Path(s.init_from).is_dir():
         raise errors.UserError(
             f"init_from = {s.init_from!r}: must be 'scratch', 'resume', a hub name 'gpt2*' or a folder with weights"
         )
     try:
-        return GPT.from_pretrained(s.init_from, s.block_size)
+        model = GPT.from_pretrained(s.init_from, s.block_size)
     except (OSError, ValueError) as error:
         raise errors.UserError(f"init_from = {s.init_from!r}: {str(error).splitlines()[0]}") from None
+    if model.config.vocab_size < data.vocab_size:
+        raise errors.UserError(
+            f"{s.init_from} has {model.config.vocab_size} tokens, but the data set {s.dataset} has {data.vocab_size}"
+        )
+    return model
 
 
 def describe(s, here, model, data, progress, changes) -> None:
@@ -159,10 +164,12 @@ def describe(s, here, model, data, progress, changes) -> None:
     )
 
 
-def divergence(what: str, step: int, out_dir: Path) -> str:
+def divergence(what: str, step: int, out_dir: Path) -> errors.Diverged:
     found = checkpoints.folders(out_dir)
     kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return f"{what} at step {step}: stopped; {kept}; try a lower learning_rate or, with Sophia, a higher rho"
+    return errors.Diverged(
+        f"{what} at step {step}: stopped; {kept}; try a lower learning_rate or, with Sophia, a higher rho"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def last_checkpoint(out_dir):
 
 @ALL
 def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
-    options = OPTIMIZERS[optimizer] | {"max_iters": 60, "eval_interval": 30, "dropout": 0.1, "hessian_interval": 7}
+    options = OPTIMIZERS[optimizer] | {"max_iters": 60, "eval_interval": 30, "dropout": 0.1, "hessian_interval": 10}
     whole = train(tmp_path / "whole", **options)
     train(tmp_path / "parts", **options | {"max_iters": 30, "lr_decay_iters": 60})
     parts = train(tmp_path / "parts", **options, init_from="resume")
@@ -152,11 +152,14 @@ def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
 
 def test_gpt2_weights_can_be_trained_on(train, tmp_path, dataset):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_positions=16, vocab_size=256, n_layer=1, n_head=2, n_embd=8)
+    config = transformers.GPT2Config(n_positions=16, vocab_size=257, n_layer=1, n_head=2, n_embd=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     rows = train(tmp_path / "run", init_from=tmp_path / "gpt2", max_iters=5)
     assert rows[-1]["step"] == 5
-    train(tmp_path / "run", init_from="resume", max_iters=6, n_layer=1, n_embd=8, bias=True)
+    assert train(tmp_path / "run", init_from="resume", max_iters=6)[-1]["step"] == 6
+    with pytest.raises(script.errors.UserError, match="has 257 tokens"):
+        write_dataset(tmp_path / "large", range(300), range(300), vocab_size=300)
+        train(tmp_path / "other", init_from=tmp_path / "gpt2", dataset=tmp_path / "large")
 
 
 def test_wandb_gets_the_rows(train, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 class Progress:
     """What a run has to remember besides its weights and its optimizer."""
 
+    started_from: str = "scratch"  # or the pretrained weights, whose shape the model then has
     step: int = 0  # completed updates
     seconds: float = 0.0  # of training so far
     clipped_steps: int = 0  # updates whose gradient was clipped

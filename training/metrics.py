@@ -42,11 +42,14 @@ class Metrics:
         if "val/loss" in row:
             self.bar.write(f"step {row['step']}: validation loss {row['val/loss']:.4f}")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         if self.active:
             self.bar.close()
             if self.wandb:
-                self.wandb.finish()
+                self.wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def drop_rows_after(path: Path, step: int) -> None:

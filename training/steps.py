@@ -24,8 +24,7 @@ def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tenso
     """Add the gradient of the mean loss over the batch of update `step` to the parameters' .grad, over all ranks.
     Returns this rank's part of that loss, a scalar on the device; the mean over the ranks is the batch's.
     """
-    settings, machine = batches.settings, batches.machine
-    seed_dropout(settings, machine, step)
+    machine = batches.machine
     total = torch.zeros((), device=machine.device)
     count = batches.accumulation_steps
     for number, (x, y) in enumerate(batches.train(step), start=1):

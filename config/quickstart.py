@@ -1,0 +1,27 @@
+"""A small GPT on Python's own sources, with Sophia-G: minutes on two CPU cores.
+
+Learning rate and rho are the best of a small sweep at this batch and length. A short run is not what Sophia is made
+for: its Hessian average needs about a hundred estimates to fill up, and sign-like steps suffer from small batches.
+"""
+
+dataset = "stdlib"
+out_dir = "out/quickstart"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+batch_size = 32
+micro_batch_size = 32
+
+optimizer = "sophiag"
+hessian_estimator = "averaged"
+hessian_batch_size = 16
+learning_rate = 3e-4
+rho = 0.05
+max_iters = 1000
+warmup_iters = 100
+
+eval_interval = 250
+eval_sequences = 512
+compile = False  # compiling takes longer here than it saves

@@ -20,6 +20,9 @@ def test_the_defaults_are_the_papers():
     assert read(["--optimizer=sophiah"]).hessian_batch_size == 32
     assert read(["--optimizer=sophiag"]).hessian_batch_size == 240
     assert read(["--optimizer=sophiag", "--hessian_estimator=averaged"]).hessian_batch_size == 32
+    small_batch = ["--optimizer=sophiag", "--batch_size=10"]
+    assert read(small_batch).hessian_batch_size == 10
+    assert read([*small_batch, "--hessian_estimator=averaged"]).hessian_batch_size == 8  # whole groups of 4
 
 
 def test_each_optimizer_has_its_own_defaults():

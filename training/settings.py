@@ -71,7 +71,7 @@ class Settings:
     rho: float | None = setting(None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer")
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one")
     hessian_batch_size: int | None = setting(
-        None, "Sophia: sequences of the step's batch for an estimate; None: 32 (sophiah, averaged) or 240 (paper)"
+        None, "Sophia: sequences of the batch for an estimate; None: 32 (sophiah, averaged), 240 (paper), or all"
     )
     hessian_estimator: Literal["paper", "averaged"] = setting(
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
@@ -258,8 +258,11 @@ def complete(settings: Settings) -> Settings:
     """Fill in what is left at None, and refuse impossible values."""
     s = settings
     defaults = dict(OPTIMIZER_DEFAULTS[s.optimizer])
-    if s.hessian_estimator == "averaged" and s.optimizer == "sophiag":
-        defaults["hessian_batch_size"] = AVERAGED_HESSIAN_BATCH_SIZE
+    if s.optimizer.startswith("sophia"):
+        defaults["hessian_batch_size"] = min(defaults["hessian_batch_size"], s.batch_size)
+    if s.optimizer == "sophiag" and s.hessian_estimator == "averaged":
+        whole_groups = s.batch_size // max(s.hessian_group_size, 1) * s.hessian_group_size
+        defaults["hessian_batch_size"] = min(AVERAGED_HESSIAN_BATCH_SIZE, whole_groups)
     defaults |= {"lr_decay_iters": s.max_iters, "min_lr": 0.05 * s.learning_rate}
     defaults |= {"wandb_run_name": Path(s.out_dir).name}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items() if getattr(s, name) is None})

@@ -7,15 +7,17 @@ BIN := .venv/bin
 QUICKSTART_FLAGS ?=
 OUT := out/quickstart
 
-.PHONY: quickstart test format lint
+.PHONY: quickstart test format
 
-.venv/quickstart: requirements.txt
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+
+.venv/quickstart: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements-dev.txt requirements.txt
-	$(PYTHON) -m venv .venv
+.venv/test: requirements-dev.txt requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -5,12 +5,9 @@ python plot.py out/adamw out/sophiag -o curves.png
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from training import errors, metrics  # noqa: E402
+from training import errors, figures, metrics
 
 
 def main() -> None:
@@ -25,11 +22,7 @@ def main() -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(options.output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"cannot write {options.output}: {error}") from None
-    print(options.output.resolve())
+    figures.save(figure, options.output)
 
 
 def draw(axes: plt.Axes, run: Path, color: str) -> None:

@@ -76,6 +76,12 @@ def test_plot_refuses_a_folder_without_metrics(refused, call, tmp_path):
     assert "line 1: not a row of metrics" in refused(lambda: call(plot, tmp_path))
 
 
+def test_plot_refuses_a_picture_it_cannot_write(refused, call, train, tmp_path):
+    train(tmp_path / "run", max_iters=1)
+    assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "nowhere" / "x.png"))
+    assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "x.docx"))
+
+
 def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     for name in ("a", "b"):
         subprocess.run(

@@ -1,0 +1,19 @@
+"""Pictures without a screen."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from training.errors import UserError  # noqa: E402
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write the picture and print its path; the ending of the name decides the format."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    print(path.resolve())

@@ -260,6 +260,17 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
     return [u * product for u, product in zip(directions, products, strict=True)]
 
 
+def hessian_vector_product(
+    loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], directions: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """H u of a loss that is a function of its parameters, for the direction u, by forward over reverse mode.
+
+    With torch.compile this is the fastest exact way. u * (H u) is Hutchinson's estimate; for a fixed u the products of
+    the parts of a batch add up. Fused attention has no forward mode: call it inside sdpa_kernel(SDPBackend.MATH).
+    """
+    return torch.func.jvp(torch.func.grad(loss), (params,), (directions,))[1]
+
+
 def normal_like(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
     """One tensor of standard normal numbers for each of `params`, drawn in their order on the generator's device."""
     draws = []

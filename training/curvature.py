@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, token_cross_entropy
-from sophia import hutchinson, labels_from_uniforms
+from sophia import hessian_vector_product, labels_from_uniforms, normal_like
 from training import randomness
 from training.batches import Batches
 from training.machine import Machine
@@ -19,7 +19,10 @@ class Curvature:
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
-        self.sampled_loss = torch.compile(sampled_loss, dynamic=False) if machine.compile else sampled_loss
+        self.sampled_loss, self.loss_curvature = sampled_loss, loss_curvature
+        if machine.compile:
+            self.sampled_loss = torch.compile(sampled_loss, dynamic=False)
+            self.loss_curvature = torch.compile(loss_curvature, dynamic=False)
 
     def is_due(self, step: int) -> bool:
         """Whether update `step` (from 1) begins with an estimate: the first does, then every hessian_interval-th."""
@@ -66,15 +69,20 @@ class Curvature:
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """u * (H u), with one u for all sequences (the paper's algorithm 1)."""
         seed = randomness.torch_seed(self.settings.seed, randomness.DIRECTIONS, step)
+        directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
+        names = {param: name for name, param in self.model.named_parameters()}
+        point = {names[param]: param.detach() for param in params}
+        towards = {names[param]: u for param, u in zip(params, directions, strict=True)}
         mean = [torch.zeros_like(param) for param in params]
-        for (x, y), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
-            # fused attention has no second derivative
-            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH):
-                loss = self.model(x, y)
-                generator = torch.Generator(self.machine.device).manual_seed(seed)  # the same u for every chunk
-                estimate = hutchinson(loss, params, generator)
-            torch._foreach_add_(mean, estimate, alpha=(last - first) / self.settings.hessian_batch_size)
+        # Forward over reverse keeps every activation twice, so half a micro-batch takes the memory of a whole one.
+        size = max(1, self.settings.micro_batch_size // 2)
+        for (x, y), (first, last) in self.batches.curvature(step, size):
+            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                product = self.loss_curvature(self.model, point, towards, x, y)
+            weight = (last - first) / self.settings.hessian_batch_size
+            torch._foreach_add_(mean, [product[name] for name in point], alpha=weight)
         self.machine.sum_over_ranks(mean)
+        torch._foreach_mul_(mean, directions)
         return mean
 
 
@@ -82,3 +90,10 @@ def sampled_loss(model: GPT, x: Tensor, uniforms: Tensor) -> Tensor:
     """Mean cross-entropy against labels drawn from the model's own softmax, for Gauss-Newton-Bartlett."""
     logits = model(x)
     return token_cross_entropy(logits, labels_from_uniforms(logits.detach(), uniforms))
+
+
+def loss_curvature(
+    model: GPT, point: dict[str, Tensor], directions: dict[str, Tensor], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """H u of the training loss at the weights `point`, by their names."""
+    return hessian_vector_product(lambda weights: torch.func.functional_call(model, weights, (x, y)), point, directions)

@@ -1,0 +1,114 @@
+"""The curvature step of the loop: sophia.py's estimates over micro-batches, groups and formats."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, arguments
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import GPT, GPTConfig
+from sophia import hutchinson, labels_from_uniforms
+from training import randomness, settings
+from training.batches import Batches
+from training.curvature import Curvature
+from training.data import open_data
+from training.machine import Machine
+
+STEP = 3
+
+
+@pytest.fixture
+def curvature(dataset):
+    """curvature(**settings) is the Curvature of a tiny model, whose weights are in float64 unless told otherwise."""
+
+    def make(dtype=torch.float64, machine=None, **options):
+        s = settings.read(arguments(**TINY | {"dataset": dataset, "hessian_batch_size": 8} | options))
+        machine = machine or Machine(torch.device("cpu"), torch.float32, compile=False)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(s.block_size, 256, s.n_layer, s.n_head, s.n_embd)).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64).to(dtype))
+        return Curvature(model, s, machine, Batches(open_data(s.dataset, s.block_size), s, machine))
+
+    return make
+
+
+def estimate(curvature):
+    return curvature.estimate(STEP, list(curvature.model.parameters()))
+
+
+def distance(left, right):
+    """Relative, over all tensors."""
+    return (flat(left) - flat(right)).norm() / flat(right).norm()
+
+
+def flat(tensors):
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+
+def first_sequences(curvature):
+    return next(curvature.batches.curvature(STEP, 8))[0]
+
+
+def test_hutchinsons_estimate_equals_double_backward(curvature):
+    c = curvature(optimizer="sophiah", micro_batch_size=2)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = c.model(*first_sequences(c))
+        seed = randomness.torch_seed(c.settings.seed, randomness.DIRECTIONS, STEP)
+        expected = hutchinson(loss, c.model.parameters(), torch.Generator().manual_seed(seed))
+    assert distance(estimate(c), expected) < 1e-10
+
+
+def sampled_gradient(c, first, last):
+    """The gradient for sequences first to last, with the labels of the step's own draw."""
+    x, _ = first_sequences(c)
+    logits = c.model(x)
+    labels = labels_from_uniforms(logits, c.batches.label_uniforms(STEP, (0, 8)))
+    loss = F.cross_entropy(logits[first:last].flatten(0, 1), labels[first:last].flatten())
+    return torch.autograd.grad(loss, list(c.model.parameters()))
+
+
+def test_the_papers_estimate_squares_one_gradient_of_all_sequences(curvature):
+    for micro_batch_size in (1, 2, 8):
+        c = curvature(optimizer="sophiag", micro_batch_size=micro_batch_size)
+        expected = [8 * 16 * g * g for g in sampled_gradient(c, 0, 8)]
+        assert distance(estimate(c), expected) < 1e-10
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_averaged_estimate_is_the_mean_of_the_groups_squares(curvature, group):
+    c = curvature(optimizer="sophiag", hessian_estimator="averaged", hessian_group_size=group)
+    squares = [[group * 16 * g * g for g in sampled_gradient(c, i, i + group)] for i in range(0, 8, group)]
+    expected = [torch.stack(parts).mean(dim=0) for parts in zip(*squares, strict=True)]
+    assert distance(estimate(c), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["sophiah", "sophiag"])
+def test_bfloat16_estimates_are_near_those_of_float32(curvature, name):
+    exact = estimate(curvature(torch.float32, optimizer=name))
+    bfloat16 = Machine(torch.device("cpu"), torch.bfloat16, compile=False)
+    rough = estimate(curvature(torch.float32, bfloat16, optimizer=name))
+    assert distance(rough, exact) < (0.05 if name == "sophiah" else 0.5)  # a rounded softmax changes some labels
+
+
+@pytest.mark.parametrize("optimizer", ["sophiah", "sophiag"])
+def test_an_estimate_depends_on_seed_and_step_alone(curvature, optimizer):
+    c = curvature(optimizer=optimizer)
+    once = estimate(c)
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(once, estimate(c), strict=True))
+    assert distance(c.estimate(STEP + 1, list(c.model.parameters())), once) > 0.1
+    c.settings = dataclasses.replace(c.settings, seed=5)
+    c.batches = dataclasses.replace(c.batches, settings=c.settings)
+    assert distance(estimate(c), once) > 0.1
+
+
+def test_the_first_step_has_an_estimate_and_then_every_interval(curvature):
+    c = curvature(optimizer="sophiag", hessian_interval=4)
+    assert [step for step in range(1, 14) if c.is_due(step)] == [1, 5, 9, 13]
+    assert not curvature(optimizer="adamw").is_due(1)
+    every = curvature(optimizer="sophiah", hessian_interval=1)
+    assert every.is_due(1) and every.is_due(2)

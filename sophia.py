@@ -23,7 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SophiaG", "SophiaH", "gauss_newton_bartlett", "hutchinson", "sample_labels"]
+__all__ = [
+    "SophiaG",
+    "SophiaH",
+    "gauss_newton_bartlett",
+    "hessian_vector_product",
+    "hutchinson",
+    "labels_from_uniforms",
+    "sample_labels",
+]
 
 
 class _Sophia(torch.optim.Optimizer):

@@ -20,20 +20,25 @@ class Lion(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.95, 0.98), weight_decay=0.0, *, compile: bool = False):
-        for name, value, high in (
-            ("lr", lr, math.inf),
-            ("betas[0]", betas[0], 1),
-            ("betas[1]", betas[1], 1),
-            ("weight_decay", weight_decay, math.inf),
-        ):
-            if not 0 <= value < high:
-                raise ValueError(f"{name} must be in [0, {high}), not {value}")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self._compile = compile
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("_compile", False)  # a copied or unpickled optimizer takes the plain path
+
+    def add_param_group(self, param_group):
+        group = self.defaults | param_group
+        beta1, beta2 = group["betas"]
+        for name, value, high in (
+            ("lr", group["lr"], math.inf),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("weight_decay", group["weight_decay"], math.inf),
+        ):
+            if not 0 <= value < high:
+                raise ValueError(f"{name} must be in [0, {high}), not {value}")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):

@@ -133,8 +133,8 @@ class GPT(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0 takes the
-        most likely token; `top_k` samples from the k most likely. Context beyond block_size is forgotten.
+        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0
+        (below 1e-6) takes the most likely token; `top_k` samples from the k most likely. Context beyond block_size is forgotten.
         """
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
@@ -142,7 +142,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-6:
                 token = logits.argmax(dim=-1, keepdim=True)
             else:
                 token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
@@ -161,11 +161,12 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str, block_size: int | None = None) -> "GPT":
+    def from_pretrained(cls, name_or_folder: str, block_size: int | None = None, dropout: float = 0.0) -> "GPT":
         """A model with Hugging Face GPT-2 weights: a folder with config.json and model.safetensors, or a name on the
         hub (`gpt2`, `gpt2-medium`, …), which is downloaded. A smaller `block_size` drops the later positions.
         Raises FileNotFoundError or OSError where the weights cannot be had, ValueError where they are not GPT-2's.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(name_or_folder)
@@ -175,19 +176,23 @@ class GPT(nn.Module):
             from huggingface_hub import hf_hub_download
 
             paths = [hf_hub_download(name_or_folder, name) for name in ("config.json", "model.safetensors")]
-        hf = json.loads(Path(paths[0]).read_text())
+        try:
+            hf = dict(json.loads(Path(paths[0]).read_text()))
+            weights = {name.removeprefix("transformer."): w for name, w in load_file(paths[1]).items()}
+            config = GPTConfig(
+                block_size=block_size or hf["n_positions"],
+                vocab_size=hf["vocab_size"],
+                n_layer=hf["n_layer"],
+                n_head=hf["n_head"],
+                n_embd=hf["n_embd"],
+                dropout=dropout,
+                bias=True,
+                scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
+            )
+        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{name_or_folder} is damaged: {error}") from error
         if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
             raise ValueError(f"{name_or_folder} is not a GPT-2 model")
-        weights = {name.removeprefix("transformer."): w for name, w in load_file(paths[1]).items()}
-        config = GPTConfig(
-            block_size=block_size or hf["n_positions"],
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            bias=True,
-            scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
-        )
         if config.block_size > hf["n_positions"]:
             raise ValueError(f"{name_or_folder} has {hf['n_positions']} positions, fewer than block_size {block_size}")
         model = cls(config)
@@ -199,6 +204,8 @@ class GPT(nn.Module):
                 weight = weight.t()  # Hugging Face's Conv1D keeps (in, out); a bias is not changed by .t()
             if name == "wpe.weight":
                 weight = weight[: config.block_size]
+            if weight.shape != parameter.shape:
+                raise ValueError(f"{name_or_folder}: {name} has the shape {tuple(weight.shape)}")
             with torch.no_grad():
                 parameter.copy_(weight)
         return model

@@ -31,12 +31,14 @@ def draw(axes: plt.Axes, run: Path, color: str) -> None:
     if not path.is_file():
         raise errors.UserError(f"{path} does not exist: name folders that train.py wrote")
     rows = metrics.read_rows(path)
+    if not rows:
+        raise errors.UserError(f"{path} has no rows yet")
     styles = {
         "train/loss": {"linewidth": 0.8, "alpha": 0.6},
-        "val/loss": {"linewidth": 2, "marker": ".", "label": run.name},
+        "val/loss": {"linewidth": 2, "marker": ".", "label": str(run)},
     }
     for key, style in styles.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float)]
         axes.plot([step for step, _ in points], [loss for _, loss in points], color=color, **style)
 
 

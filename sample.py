@@ -5,6 +5,7 @@ python sample.py --out_dir=out --start="def main" --num_samples=3
 
 import argparse
 import codecs
+import io
 import sys
 from pathlib import Path
 
@@ -24,17 +25,24 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=500, help="tokens a text (default %(default)s)")
     parser.add_argument("--temperature", type=non_negative, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=positive, help="sample from the k likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default %(default)s)")
+    parser.add_argument("--seed", type=seed, default=1337, help="same seed, same text (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     options = parser.parse_args()
 
     checkpoint = checkpoints.newest(Path(options.out_dir))
     tokenizer = TOKENIZERS[checkpoint.tokenizer]
     device = find_device(options.device)
-    tokens = tokenizer.encode(start_text(options.start)) or [tokenizer.end_of_text]
+    start = start_text(options.start)
+    tokens = tokenizer.encode(start) or [tokenizer.end_of_text]
+    if max(tokens) >= checkpoint.config.vocab_size:
+        raise errors.UserError(
+            f"--start has the token {max(tokens)}, beyond the model's {checkpoint.config.vocab_size}"
+        )
     model = GPT(checkpoint.config)
     checkpoint.load_model(model)
     model.to(device).eval()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     generator = torch.Generator(device).manual_seed(options.seed)
     prompt = torch.tensor([tokens], device=device)
 
@@ -42,7 +50,7 @@ def main() -> None:
         if number:
             print("\n" + "-" * 40)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-        sys.stdout.write(tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace"))
+        sys.stdout.write(start)
         for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
             sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token[0].tolist())))
             sys.stdout.flush()
@@ -63,6 +71,13 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
     return number
 
 

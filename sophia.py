@@ -36,22 +36,28 @@ __all__ = [
 
 class _Sophia(torch.optim.Optimizer):
     def __init__(self, params, lr, betas, rho, weight_decay, eps, compile):
-        for name, value, low, high in (
-            ("lr", lr, 0, math.inf),
-            ("betas[0]", betas[0], 0, 1),
-            ("betas[1]", betas[1], 0, 1),
-            ("rho", rho, 0, math.inf),
-            ("weight_decay", weight_decay, 0, math.inf),
-            ("eps", eps, 0, math.inf),
-        ):
-            if not low <= value < high:
-                raise ValueError(f"{name} must be in [{low}, {high}), not {value}")
         super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "eps": eps})
         self._compile = compile
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("_compile", False)  # a copied or unpickled optimizer takes the plain path
+
+    def add_param_group(self, param_group):
+        group = self.defaults | param_group
+        beta1, beta2 = group["betas"]
+        for name, value, high in (
+            ("lr", group["lr"], math.inf),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("rho", group["rho"], math.inf),
+            ("weight_decay", group["weight_decay"], math.inf),
+        ):
+            if not 0 <= value < high:
+                raise ValueError(f"{name} must be in [0, {high}), not {value}")
+        if not 0 < group["eps"] < math.inf:
+            raise ValueError(f"eps must be above 0, not {group['eps']}")
+        super().add_param_group(param_group)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -106,7 +112,8 @@ class _Sophia(torch.optim.Optimizer):
                     group["betas"][0],
                     group["rho"],
                     group["weight_decay"],
-                    group["eps"],
+                    # in float16 the eps of float32 would be 0
+                    max(group["eps"], *(torch.finfo(param.dtype).tiny for param in params)),
                 )
             )
         update = _compiled(_sophia_update) if self._compile else _sophia_update

@@ -20,7 +20,8 @@ from training import checkpoints, errors, machine, settings, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.data import TokenData, open_data
-from training.metrics import Metrics
+from training.files import check_writable
+from training.metrics import FILE, Metrics, read_rows
 from training.optimizers import learning_rate, make_optimizer
 
 
@@ -30,7 +31,10 @@ def main() -> None:
     check_batch(s, machine.environment_ranks()[1])
     data = open_data(s.dataset, s.block_size)
     out_dir = Path(s.out_dir)
+    check_writable(out_dir)
     resumed = checkpoints.newest(out_dir) if s.init_from == "resume" else None
+    if resumed and (out_dir / FILE).exists():
+        read_rows(out_dir / FILE)
     if not resumed and not s.eval_only and checkpoints.folders(out_dir):
         raise errors.UserError(
             f"{out_dir} holds a run already: go on with --init_from=resume, or take another --out_dir"
@@ -40,7 +44,7 @@ def main() -> None:
     torch.manual_seed(s.seed)
     progress = resumed.progress if resumed else checkpoints.Progress(started_from=s.init_from)
     model = initial_model(s, data, resumed)
-    changes = checkpoints.check_same_run(resumed, model.config, s) if resumed else []
+    changes = checkpoints.check_same_run(resumed, model.config, s, data) if resumed else []
     if resumed:
         resumed.load_model(model)
     model.to(here.device)
@@ -57,21 +61,25 @@ def main() -> None:
     if s.eval_only:
         here.note(f"validation loss {steps.validation_loss(compiled, batches):.4f} at step {progress.step}")
         return
+    if progress.step >= s.max_iters:
+        here.note(f"the run in {out_dir} is complete; a larger max_iters would continue it")
+        return
     if here.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(out_dir / "settings.json", dataclasses.asdict(s))
-    with Metrics(out_dir, s, progress.step, here.is_main) as metrics:
+    with Metrics(out_dir, s, progress.step if resumed else -1, here.is_main) as metrics:
 
         def evaluate() -> float:
             progress.val_loss = steps.validation_loss(compiled, batches)
             if not math.isfinite(progress.val_loss):
                 raise divergence(f"the validation loss is {progress.val_loss}", progress.step, out_dir)
-            progress.best_val_loss = min(progress.val_loss, progress.best_val_loss or math.inf)
+            if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
             return progress.val_loss
 
         def save() -> None:
             if here.is_main:
-                checkpoints.save(out_dir, model, optimizer, progress, s, data.tokenizer)
+                checkpoints.save(out_dir, model, optimizer, progress, s, data)
 
         if not resumed:
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate()})
@@ -84,7 +92,6 @@ def main() -> None:
             lr = learning_rate(s, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            steps.seed_dropout(s, here, step)
             if curvature.is_due(step):
                 optimizer.update_hessian(curvature.estimate(step, params))
             loss = steps.accumulate_gradients(network, batches, step)
@@ -132,17 +139,27 @@ def main() -> None:
 
 def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:
     """A model of the shape that the settings ask for, or with pretrained weights and their shape."""
-    if s.init_from == "scratch" or (resumed and resumed.progress.started_from == "scratch"):
+    started_from = resumed.progress.started_from if resumed else s.init_from
+    if started_from == "scratch":
         names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
-        return GPT(GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(s, name) for name in names}))
-    if resumed:
-        return GPT(resumed.config)
+        config = GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(s, name) for name in names})
+    elif resumed:
+        config = dataclasses.replace(resumed.config, block_size=s.block_size, dropout=s.dropout)
+    else:
+        return pretrained_model(s, data)
+    try:
+        return GPT(config)
+    except RuntimeError as error:
+        raise errors.UserError(f"the model does not fit into memory: {str(error).splitlines()[0]}") from None
+
+
+def pretrained_model(s: settings.Settings, data: TokenData) -> GPT:
     if not s.init_from.startswith("gpt2") and not Path(s.init_from).is_dir():
         raise errors.UserError(
             f"init_from = {s.init_from!r}: must be 'scratch', 'resume', a hub name 'gpt2*' or a folder with weights"
         )
     try:
-        model = GPT.from_pretrained(s.init_from, s.block_size)
+        model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
     except (OSError, ValueError) as error:
         raise errors.UserError(f"init_from = {s.init_from!r}: {str(error).splitlines()[0]}") from None
     if model.config.vocab_size < data.vocab_size:
@@ -156,6 +173,8 @@ def describe(s, here, model, data, progress, changes) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     if not data.has_meta:
         here.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
+    if s.warmup_iters > s.max_iters:
+        here.note(f"warmup_iters = {s.warmup_iters} is longer than the run: learning_rate is never reached")
     for change in changes:
         here.note(f"resuming with another setting: {change}")
     here.note(

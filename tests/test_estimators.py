@@ -128,15 +128,19 @@ def test_hutchinson_says_what_to_do_about_fused_attention_and_detached_losses():
         hutchinson(loss.detach(), model.parameters())
 
 
+def normal(size, seed):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize(
     ("name", "logits"),
     [
-        ("ordinary", torch.randn(64, generator=torch.Generator().manual_seed(1))),
-        ("several blocks", 2 * torch.randn(1000, generator=torch.Generator().manual_seed(2))),
-        ("padded vocabulary", torch.cat((torch.randn(700), torch.full((68,), -1e4)))),
-        ("impossible tokens", torch.cat((torch.full((300,), -math.inf), torch.randn(300)))),
+        ("ordinary", normal(64, 1)),
+        ("several blocks", 2 * normal(1000, 2)),
+        ("padded vocabulary", torch.cat((normal(700, 4), torch.full((68,), -1e4)))),
+        ("impossible tokens", torch.cat((torch.full((300,), -math.inf), normal(300, 5)))),
         ("extreme", torch.tensor([1e4, 1e4 - 1, -1e4, 1e4 - 2])),
-        ("bfloat16", (3 * torch.randn(600, generator=torch.Generator().manual_seed(3))).bfloat16()),
+        ("bfloat16", (3 * normal(600, 3)).bfloat16()),
         ("one possible", torch.tensor([-math.inf, 0.0, -math.inf])),
     ],
 )

@@ -194,10 +194,22 @@ def test_bad_hyperparameters_are_refused_with_their_value(optimizer_class, bad):
         optimizer_class([torch.nn.Parameter(torch.ones(1))], **bad)
 
 
-@pytest.mark.parametrize("bad", [{"rho": -1.0}, {"eps": -1e-3}])
-def test_bad_hyperparameters_of_sophia_are_refused(bad):
-    with pytest.raises(ValueError, match="must be in"):
+@pytest.mark.parametrize("bad", [{"rho": -1.0}, {"eps": 0.0}])
+def test_bad_hyperparameters_of_sophia_are_refused_of_a_group_too(bad):
+    with pytest.raises(ValueError, match="must be"):
         SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
+    optimizer = SophiaG([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="must be"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_coordinate_without_gradient_or_curvature_stays(dtype):
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = SophiaG([param], lr=0.25, weight_decay=0.0)
+    param.grad = torch.tensor([0.0, 1.0, -1.0], dtype=dtype)
+    optimizer.step()
+    assert param.tolist() == [1.0, 0.75, 1.25]
 
 
 def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():

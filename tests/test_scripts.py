@@ -12,6 +12,8 @@ from conftest import write_dataset
 import plot
 import sample
 from training import preparation
+from training.data import open_data
+from training.errors import UserError
 from training.settings import ROOT
 from training.tokenizers import GPT2, TOKENIZERS, Bytes
 
@@ -46,6 +48,7 @@ def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):
     assert first == call(*options)
     assert first != call(*options, "--seed", 5)
     assert call(*options, "--num_samples", 3).count("-" * 40) == 2
+    assert call(*options, "--temperature", 1e-40) == call(*options, "--temperature", 0)
     assert call(*options, "--temperature", 0) == call(*options, "--top_k", 1)
     (tmp_path / "start.txt").write_text("12 squared")
     assert call(*options[:3], "--start", f"FILE:{tmp_path / 'start.txt'}").startswith("12 squared")
@@ -53,6 +56,7 @@ def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):
 
 def test_sample_refuses_what_it_cannot_use(refused, call, train, tmp_path):
     assert "no checkpoint in" in refused(lambda: call(sample, "--out_dir", tmp_path))
+    assert "is not from 0 to 2^63 - 1" in refused(lambda: call(sample, "--seed", 2**70))
     assert "-1 is not at least 1" in refused(lambda: call(sample, "--num_samples", -1))
     assert "unrecognized arguments: --temprature" in refused(lambda: call(sample, "--temprature", 1))
     train(tmp_path / "run", max_iters=1)
@@ -100,7 +104,7 @@ def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     assert metas[0]["checksum"]["val.bin"].startswith("sha256:")
 
 
-def test_half_a_data_set_has_no_meta_file(tmp_path):
+def test_half_a_data_set_is_not_taken_for_a_whole_one(tmp_path):
     write_dataset(tmp_path, range(10), range(10))
 
     def pieces():
@@ -109,8 +113,8 @@ def test_half_a_data_set_has_no_meta_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         preparation.write_splits(tmp_path, {"train": pieces()}, Bytes(), "a test")
-    assert not (tmp_path / "meta.json").exists()
-    assert (tmp_path / "train.bin").stat().st_size == 20
+    with pytest.raises(UserError, match=r"train\.bin does not exist|val\.bin does not exist"):
+        open_data(f"{tmp_path}/", 4)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=lambda tokenizer: tokenizer.name)
@@ -198,6 +202,8 @@ def test_openwebtext_refuses_what_it_cannot_read(openwebtext, vocabulary, call, 
     assert "is none of .json, .jsonl, .txt, .parquet" in complaint("words.docx", b"x")
     assert "no column 'text', but words" in complaint("other.jsonl", b'{"words": "x"}\n{"words": "y"}\n')
     assert "cannot be read" in complaint("broken.parquet", b"PAR1 but not really")
+    assert "the column 'text' holds int64, not text" in complaint("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n')
+    assert "1 of the 2 documents have no text" in complaint("null.jsonl", b'{"text": "x"}\n{"text": null}\n')
     assert "1 documents cannot be split" in complaint("single.jsonl", b'{"text": "x"}\n')
     assert not (tmp_path / "out").exists()
 

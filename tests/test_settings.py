@@ -90,6 +90,9 @@ def test_a_model_size_is_stated_once():
         ("--n_embd=100", "n_embd = 100: must be a multiple of n_head = 12"),
         ("--max_iters=0", "max_iters = 0: must be at least 1"),
         ("--seed=" + "9" * 5000, "seed"),
+        ("--learning_rate=1" + "0" * 400, "too large"),
+        ("--n_layer={[]:1}", "must be a whole number"),
+        ("--backend=foo", "must be one of auto, nccl, gloo, mpi"),
         ("missing.py", "config file missing.py: No such file"),
     ],
 )
@@ -111,6 +114,7 @@ def test_a_bad_argument_is_named(argument, complaint):
         ("n_layer = 2 ** 64 ** 2 ** 64", "line 1"),
         ("n_layer = 'a' * 10 ** 10", "arithmetic is for numbers only"),
         ("n_layer = 1 / 0", "division by zero"),
+        ("learning_rate = (2 ** 62) ** 64", "too large"),
         ("n_layer = depth", "depth is used but has no value yet"),
         ("n_layer = (", "not assignments in Python's notation"),
         ("n_layer = " + "(" * 500 + "1" + ")" * 500, "line"),

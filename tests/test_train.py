@@ -15,9 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import train as script
 from training import checkpoints
+from training.optimizers import parameter_groups
 from training.settings import ROOT
 
 ALL = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def listing(folder):
+    return sorted((str(path), path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")] if path.exists())
 
 
 def last_checkpoint(out_dir):
@@ -132,11 +137,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_eval_only_writes_nothing(train, tmp_path, capsys):
     train(tmp_path / "run", max_iters=10)
-    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    before = listing(tmp_path / "run")
     capsys.readouterr()
     train(tmp_path / "run", init_from="resume", eval_only=True)
     assert "validation loss" in capsys.readouterr().err
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    assert before == listing(tmp_path / "run")
     train(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
 
@@ -157,6 +162,8 @@ def test_gpt2_weights_can_be_trained_on(train, tmp_path, dataset):
     rows = train(tmp_path / "run", init_from=tmp_path / "gpt2", max_iters=5)
     assert rows[-1]["step"] == 5
     assert train(tmp_path / "run", init_from="resume", max_iters=6)[-1]["step"] == 6
+    with pytest.raises(script.errors.UserError, match="block_size = 8, but the checkpoint"):
+        train(tmp_path / "run", init_from="resume", max_iters=7, block_size=8)
     with pytest.raises(script.errors.UserError, match="has 257 tokens"):
         write_dataset(tmp_path / "large", range(300), range(300), vocab_size=300)
         train(tmp_path / "other", init_from=tmp_path / "gpt2", dataset=tmp_path / "large")
@@ -193,6 +200,66 @@ def read_wandb(path):
     return rows
 
 
+def test_clipping_scales_the_gradient_to_its_largest_norm(train, tmp_path, dataset):
+    """One step of a hand-made AdamW on the hand-clipped gradient gives the run's weights."""
+    train(tmp_path, max_iters=1, grad_clip=0.1, warmup_iters=0, min_lr=6e-4)
+    torch.manual_seed(1337)
+    model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
+    model(*script.open_data(str(dataset), 16).train_rows(1337, 1, 8, 0, 8)).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm > 0.1
+    trained = load_file(last_checkpoint(tmp_path) / "model.safetensors")
+    state = load_file(last_checkpoint(tmp_path) / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        gradient = p.grad * 0.1 / norm
+        torch.testing.assert_close(state[f"{name}/exp_avg"], 0.1 * gradient, rtol=1e-4, atol=1e-9)
+        decay = 0.1 if "c_" in name else 0.0
+        expected = p * (1 - 6e-4 * decay) - 6e-4 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(trained[name], expected.detach(), rtol=0, atol=2e-6)
+
+
+def test_weight_decay_is_for_matrices_but_not_embeddings():
+    model = script.GPT(script.GPTConfig(8, 64, 1, 2, 8, bias=True))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, others = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert {names[p] for p in decayed["params"]} == {
+        "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight",
+    }  # fmt: skip
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_dropout_masks_do_not_depend_on_curvature(train, tmp_path):
+    options = {"optimizer": "sophiag", "dropout": 0.2, "learning_rate": 0.0, "max_iters": 4}
+    losses = [
+        [row.get("train/loss") for row in train(tmp_path / str(interval), hessian_interval=interval, **options)]
+        for interval in (1, 100)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(train, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
+    assert [row["step"] for row in train(tmp_path, max_iters=2)] == [0, 1, 2]
+
+
+def test_a_deletion_that_was_interrupted_does_no_harm(train, tmp_path):
+    train(tmp_path, max_iters=10)
+    doomed = tmp_path / "checkpoints" / "step_00000005.tmp"
+    doomed.mkdir()
+    (doomed / "model.safetensors").write_bytes(b"half of it")
+    assert train(tmp_path, init_from="resume", max_iters=20)[-1]["step"] == 20
+    assert not doomed.exists()
+
+
+def test_a_complete_run_stays_as_it_is(train, tmp_path, capsys):
+    train(tmp_path, max_iters=10)
+    before = listing(tmp_path)
+    train(tmp_path, max_iters=5, init_from="resume")
+    assert "is complete" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+
+
 # What it refuses. Nothing may be written.
 
 
@@ -200,10 +267,10 @@ def read_wandb(path):
 def refuses(train, refused, tmp_path):
     def run(complaint, *configs, **options):
         out_dir = options.pop("out_dir", tmp_path / "out")
-        existed = out_dir.exists()
+        before = listing(out_dir)
         line = refused(lambda: train(out_dir, *configs, **options))
         assert complaint in line
-        assert out_dir.exists() == existed
+        assert listing(out_dir) == before
 
     return run
 
@@ -221,8 +288,7 @@ def test_refuses_a_batch_that_does_not_divide(refuses):
 
 
 def test_refuses_a_missing_data_set(refuses):
-    shutil.rmtree(ROOT / "data" / "nowhere", ignore_errors=True)
-    refuses("python data/openwebtext/prepare.py", dataset="nowhere")
+    refuses("python data/openwebtext/prepare.py", dataset="there-is-no-such-data-set")
     if not (ROOT / "data" / "openwebtext" / "train.bin").exists():
         refuses("make it with: python data/openwebtext/prepare.py", dataset="openwebtext")
 
@@ -295,6 +361,60 @@ def test_refuses_to_overwrite_a_run(train, refuses, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_refuses_an_out_dir_that_cannot_be_written(refuses, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refuses("is a file, not a folder", out_dir=tmp_path / "file")
+    refuses("is a file, not a folder", out_dir=tmp_path / "file" / "run")
+
+
+def test_refuses_another_data_set_or_broken_metrics_when_it_resumes(train, refuses, tmp_path):
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, range(200), range(100), checksum={"train.bin": name})
+    train(tmp_path / "run", max_iters=1, dataset=tmp_path / "a")
+    again = {"out_dir": tmp_path / "run", "init_from": "resume", "max_iters": 2}
+    refuses("is not the one that", dataset=tmp_path / "b", **again)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\xfe\n{}\n{}\n")
+    refuses("line 1: not a row of metrics", dataset=tmp_path / "a", **again)
+
+
+@pytest.mark.parametrize("damage", ["missing", "reshaped"])
+def test_refuses_a_damaged_optimizer_state(train, refuses, tmp_path, damage):
+    train(tmp_path / "run", max_iters=1)
+    path = last_checkpoint(tmp_path / "run") / "optimizer.safetensors"
+    state = load_file(path)
+    if damage == "missing":
+        state = {key: value for key, value in state.items() if not key.startswith("wte.weight")}
+    else:
+        state["wte.weight/exp_avg"] = state["wte.weight/exp_avg"][:5].clone()
+    save_file(state, path)
+    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume", max_iters=2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokenizer": "zzz"}, {"model": {"n_layer": "x"}}, {"model": {"n_head": 0}}, {"progress": {"step": "x"}}]
+)
+def test_refuses_an_impossible_description(train, refuses, tmp_path, change):
+    train(tmp_path / "run", max_iters=1)
+    path = last_checkpoint(tmp_path / "run") / "state.json"
+    state = json.loads(path.read_text())
+    for key, value in change.items():
+        state[key] = state[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(state))
+    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume")
+
+
+def test_an_error_of_one_rank_is_said_by_that_rank(capsys, monkeypatch):
+    def fail(kind):
+        raise kind("out of range")
+
+    monkeypatch.setenv("RANK", "3")
+    for kind, printed in ((script.errors.UserError, ""), (script.errors.RankError, "error: rank 3: out of range\n")):
+        with pytest.raises(SystemExit) as stop:
+            script.errors.run(lambda kind=kind: fail(kind))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == printed
+
+
 def test_refuses_damaged_checkpoints(train, refuses, tmp_path):
     train(tmp_path / "run", max_iters=1)
     folder = last_checkpoint(tmp_path / "run")
@@ -314,11 +434,14 @@ def test_refuses_cuda_where_there_is_none(refuses):
     refuses("must be auto, cpu, cuda, cuda:N or mps", device="gpu")
 
 
-def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch):
+def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refuses("init_from = 'gpt2-none': ", init_from="gpt2-none")
+    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    refuses("is damaged", init_from=tmp_path)
     refuses("init_from = 'scrach': must be 'scratch', 'resume', a hub name 'gpt2*' or a folder", init_from="scrach")
 
 

@@ -1,5 +1,6 @@
 """This rank's share of every batch: for training, for curvature and for validation."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from training import randomness
 from training.data import TokenData, chunks, share
+from training.errors import UserError
 from training.machine import Machine
-from training.settings import Settings, UserError, require_multiple
+from training.settings import Settings, require_multiple
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def check_batch(settings: Settings, world_size: int) -> None:
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
     unit = s.micro_batch_size * world_size
     if s.batch_size % unit:
-        fitting = [size for size in divisors(s.batch_size // world_size) if s.batch_size % world_size == 0]
+        fitting = [] if s.batch_size % world_size else divisors(s.batch_size // world_size)
         near = sorted(fitting, key=lambda size: abs(size - s.micro_batch_size))[:3]
         instead = f"; or micro_batch_size = {' or '.join(map(str, sorted(near)))}" if near else ""
         why = f"micro_batch_size {s.micro_batch_size}{ranks}"
@@ -91,4 +93,5 @@ def check_batch(settings: Settings, world_size: int) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})

@@ -7,7 +7,6 @@ out_dir/checkpoints/step_00001000/model.safetensors       the weights
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -20,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from training.data import TokenData
 from training.errors import UserError
+from training.files import flush, write_json
 from training.settings import Settings
+from training.tokenizers import TOKENIZERS
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
@@ -36,15 +38,17 @@ class Progress:
     clipped_steps: int = 0  # updates whose gradient was clipped
     val_loss: float | None = None  # at this step
     best_val_loss: float | None = None
+    best_step: int | None = None  # of the best validation loss
 
 
 def save(
-    out_dir: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings, tokenizer: str
+    out_dir: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings, data: TokenData
 ) -> Path:
     """Write the checkpoint of a step, then drop all but the newest `keep_checkpoints` and the best one."""
     folder = out_dir / "checkpoints" / f"step_{progress.step:08d}"
+    for unfinished in folder.parent.glob("*.tmp"):
+        shutil.rmtree(unfinished)
     scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, scratch / "model.safetensors")
@@ -56,46 +60,37 @@ def save(
     save_file(state, scratch / "optimizer.safetensors")
     description = {
         "progress": dataclasses.asdict(progress),
-        "tokenizer": tokenizer,
+        "tokenizer": data.tokenizer,
+        "data": data.checksum,
         "model": dataclasses.asdict(model.config),
         "settings": dataclasses.asdict(settings),
     }
     write_json(scratch / "state.json", description)
     for path in (*scratch.iterdir(), scratch):
         flush(path)
-    shutil.rmtree(folder, ignore_errors=True)  # the same step again, after an evaluation without an update
     scratch.rename(folder)
     flush(folder.parent)
-    prune(out_dir, settings.keep_checkpoints)
+    prune(out_dir, settings.keep_checkpoints, progress.best_step)
     return folder
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def folders(out_dir: Path) -> list[Path]:
     """The whole checkpoints under `out_dir`, oldest first."""
     found = [path for path in (out_dir / "checkpoints").glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
-def prune(out_dir: Path, keep: int) -> None:
-    found = folders(out_dir)
-    losses = {folder: read_state(folder)["progress"]["val_loss"] for folder in found}
-    best = min(found, key=lambda folder: losses[folder])
-    for folder in found[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def prune(out_dir: Path, keep: int, best_step: int | None) -> None:
+    """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files."""
+    for folder in folders(out_dir)[:-keep]:
+        if step_of(folder) != best_step:
+            doomed = folder.with_name(folder.name + ".tmp")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,7 @@ class Checkpoint:
     progress: Progress
     settings: dict[str, Any]
     tokenizer: str
+    data: dict[str, str] | None  # checksums of the data set's files, where they are known
 
     def load_model(self, model: GPT) -> None:
         weights = self._tensors("model.safetensors")
@@ -125,7 +121,12 @@ class Checkpoint:
             name, _, key = path.rpartition("/")
             if name not in numbers:
                 raise UserError(f"{self.folder} is damaged: its optimizer state names an unknown parameter {name!r}")
+            if tensor.dim() and tensor.shape != params[numbers[name]].shape:
+                raise UserError(f"{self.folder} is damaged: the optimizer state {path} has another shape")
             state.setdefault(numbers[name], {})[key] = tensor
+        kinds = {frozenset(values) for values in state.values()}
+        if len(kinds) > 1 or len(state) != (len(params) if self.progress.step else 0):
+            raise UserError(f"{self.folder} is damaged: its optimizer state is incomplete")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
@@ -140,27 +141,26 @@ def newest(out_dir: Path) -> Checkpoint:
     found = folders(out_dir)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train first, or name another folder with --out_dir=FOLDER")
-    state = read_state(found[-1])
+    path = found[-1] / "state.json"
     try:
-        return Checkpoint(
-            found[-1],
-            GPTConfig(**state["model"]),
-            Progress(**state["progress"]),
-            state["settings"],
-            state["tokenizer"],
-        )
-    except (KeyError, TypeError):
-        raise UserError(f"{found[-1] / 'state.json'} is damaged or of another version of this program") from None
+        state = json.loads(path.read_text(encoding="utf-8"))
+        config, progress = GPTConfig(**state["model"]), Progress(**state["progress"])
+        settings, tokenizer, data = state["settings"], state["tokenizer"], state["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged, or of another version of this program") from None
+    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+    sane = all(type(size) is int and 0 < size < 2**31 for size in sizes) and config.n_embd % config.n_head == 0
+    if (
+        not sane
+        or tokenizer not in list(TOKENIZERS)
+        or progress.step != step_of(found[-1])
+        or type(settings) is not dict
+    ):
+        raise UserError(f"{path} is damaged: its values are impossible")
+    return Checkpoint(found[-1], config, progress, settings, tokenizer, data)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from None
-
-
-def check_same_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings) -> list[str]:
+def check_same_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings, data: TokenData) -> list[str]:
     """Refuse a checkpoint of another architecture or optimizer. Returns a line for each other setting that changed."""
     for name, here in dataclasses.asdict(config).items():
         there = getattr(checkpoint.config, name)
@@ -170,6 +170,8 @@ def check_same_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings
     if checkpoint.settings.get("optimizer") != settings.optimizer:
         there = checkpoint.settings.get("optimizer")
         raise UserError(f"optimizer = {settings.optimizer}, but {checkpoint.folder} was trained with {there}")
+    if checkpoint.data != data.checksum:
+        raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
     free = {"init_from", "out_dir", "eval_only", "wandb_run_name"}
     return [
         f"{name} was {checkpoint.settings.get(name)}, is now {value}"

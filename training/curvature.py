@@ -30,9 +30,12 @@ class Curvature:
 
     def estimate(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """One tensor for each of `params`, the same on every rank."""
-        if self.settings.optimizer == "sophiah":
+        s = self.settings
+        if s.dropout > 0:
+            randomness.seed_dropout(s.seed, step, self.machine.rank, randomness.CURVATURE_DROPOUT)
+        if s.optimizer == "sophiah":
             return self._hutchinson(step, params)
-        if self.settings.hessian_estimator == "averaged":
+        if s.hessian_estimator == "averaged":
             return self._averaged_gauss_newton_bartlett(step, params)
         return self._gauss_newton_bartlett(step, params)
 

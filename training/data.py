@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training import randomness
-from training.errors import UserError
+from training.errors import RankError, UserError
 from training.settings import ROOT
 from training.tokenizers import GPT2, TOKENIZERS
 
@@ -31,6 +31,7 @@ class TokenData:
     train: np.ndarray
     val: np.ndarray
     block_size: int
+    checksum: dict[str, str] | None  # of its files, as meta.json has it; None where it is not known
     has_meta: bool
 
     @property
@@ -67,7 +68,7 @@ class TokenData:
 def check_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
-        raise UserError(
+        raise RankError(
             f"{path} has the token id {largest}, beyond the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
         )
 
@@ -105,7 +106,10 @@ def open_data(dataset: str, block_size: int) -> TokenData:
         check_range(tokens[:CHECKED_TOKENS], vocab_size, path)
         splits[name.removesuffix(".bin")] = tokens
     has_meta = (folder / "meta.json").exists()
-    return TokenData(folder, meta["tokenizer"], vocab_size, **splits, block_size=block_size, has_meta=has_meta)
+    checksum = meta.get("checksum")
+    return TokenData(
+        folder, meta["tokenizer"], vocab_size, **splits, block_size=block_size, checksum=checksum, has_meta=has_meta
+    )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: it must be a JSON object with tokenizer and vocab_size") from None
     if tokenizer not in list(TOKENIZERS):
         raise UserError(f"{path}: tokenizer {str(tokenizer)[:40]!r} is unknown; known are {', '.join(TOKENIZERS)}")

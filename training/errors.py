@@ -13,6 +13,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class RankError(UserError):
+    """A UserError that need not strike every rank, so the rank it strikes says so itself."""
+
+
 class Diverged(UserError):
     """The loss or the gradient stopped being a finite number. Exit code 3."""
 
@@ -30,10 +34,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`; a UserError ends the process with its line (printed by rank 0) and its exit code."""
+    """Call a script's `main`; a UserError ends the process with its line and its exit code, Ctrl-C with 130."""
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, RankError):
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

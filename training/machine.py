@@ -3,20 +3,31 @@
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import UserError
+from training.errors import RankError, UserError
 from training.settings import Settings
 
-# Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by a part of the device's name
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+# Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by words of the device's name
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,11 @@ class Machine:
                 dist.all_reduce(tensor)
 
     def peak_flops(self) -> float | None:
-        """The data-sheet peak of this device in FLOP/s, or None where it is not known."""
-        if self.device.type != "cuda":
+        """The data-sheet peak of this device in FLOP/s for bfloat16, or None where it is not known or not used."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
     def note(self, text: str) -> None:
         if self.is_main:
@@ -73,7 +84,10 @@ def find_device(name: str) -> torch.device:
             raise UserError(f"device = {name!r}: this machine has no CUDA device; use --device=auto or --device=cpu")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UserError(f"device = {name!r}: device {index} of {torch.cuda.device_count()} is asked for, from 0")
+            count = torch.cuda.device_count()
+            raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
+        if device.index is not None and environment_ranks()[1] > 1:
+            raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {name!r}: this machine has no MPS device; use --device=auto or --device=cpu")
@@ -94,11 +108,12 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can build code for the device: a C++ compiler, and Triton on CUDA."""
+    """Whether torch.compile can build code for the device: a C++ compiler, Python's headers, and Triton on CUDA."""
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         return False
     names = (os.environ.get("CXX"), "g++", "clang++", "cl" if platform.system() == "Windows" else None)
-    return any(shutil.which(name) for name in names if name)
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return headers and any(shutil.which(name) for name in names if name)
 
 
 def set_up(settings: Settings) -> Machine:
@@ -119,7 +134,8 @@ def set_up(settings: Settings) -> Machine:
     torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
     if world_size > 1:
         try:
-            dist.init_process_group(settings.backend or ("nccl" if device.type == "cuda" else "gloo"))
+            fitting = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(fitting if settings.backend == "auto" else settings.backend)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"the ranks could not meet: {error}".splitlines()[0]) from None
+            raise RankError(f"the ranks could not meet: {error}".splitlines()[0]) from None
     return machine

@@ -16,16 +16,18 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file."""
+    """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file; rows
+    of an earlier part of the run are kept up to step `kept_steps` (-1: none).
+    """
 
-    def __init__(self, out_dir: Path, settings: Settings, first_step: int, active: bool):
+    def __init__(self, out_dir: Path, settings: Settings, kept_steps: int, active: bool):
         self.active = active
         if not active:
             return
         self.path = out_dir / FILE
-        drop_rows_after(self.path, first_step)
+        drop_rows_after(self.path, kept_steps)
         self.wandb = start_wandb(settings, out_dir) if settings.wandb_log else None
-        self.bar = tqdm(initial=first_step, total=settings.max_iters, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(initial=max(kept_steps, 0), total=settings.max_iters, unit="step", dynamic_ncols=True)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row; entries that are None are left out."""
@@ -63,7 +65,7 @@ def drop_rows_after(path: Path, step: int) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off is left out, any other bad line is a UserError."""
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -82,11 +84,14 @@ def start_wandb(settings: Settings, out_dir: Path) -> Any:
     identity = out_dir / "wandb_run_id"  # a resumed run goes on with its curves
     if settings.init_from != "resume" or not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
-    return wandb.init(
-        project=settings.wandb_project,
-        name=settings.wandb_run_name,
-        id=identity.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=out_dir,
-        config=asdict(settings),
-    )
+    try:
+        return wandb.init(
+            project=settings.wandb_project,
+            name=settings.wandb_run_name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=out_dir,
+            config=asdict(settings),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None

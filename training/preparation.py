@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.checkpoints import write_json
 from training.errors import UserError
+from training.files import write_json
 from training.tokenizers import GPT2, Bytes
 
 
@@ -16,7 +16,8 @@ def write_splits(out_dir: Path, splits: dict[str, Iterable[np.ndarray]], tokeniz
     """Write the tokens of `train` and `val`, pieces of uint16 arrays in order, and describe them in meta.json."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "meta.json").unlink(missing_ok=True)
+        for name in ("meta.json", "train.bin", "val.bin"):  # an older data set
+            (out_dir / name).unlink(missing_ok=True)
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": source, "checksum": {}}
         for split, pieces in splits.items():
             path = out_dir / f"{split}.bin"

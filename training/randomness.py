@@ -1,8 +1,9 @@
 """Random numbers that depend on (seed, purpose, step) alone, so that nothing a run does shifts what it draws later."""
 
 import numpy as np
+import torch
 
-DATA, LABELS, DIRECTIONS, DROPOUT = range(4)  # purposes
+DATA, LABELS, DIRECTIONS, DROPOUT, CURVATURE_DROPOUT = range(5)  # purposes
 
 
 def stream(seed: int, purpose: int, *position: int) -> np.random.SeedSequence:
@@ -12,3 +13,8 @@ def stream(seed: int, purpose: int, *position: int) -> np.random.SeedSequence:
 def torch_seed(seed: int, purpose: int, *position: int) -> int:
     """A seed for torch.Generator.manual_seed."""
     return int(stream(seed, purpose, *position).generate_state(1, np.uint64)[0])
+
+
+def seed_dropout(seed: int, step: int, rank: int, purpose: int = DROPOUT) -> None:
+    """Dropout alone draws from the global generator: start it anew, so that a step's masks do not depend on others."""
+    torch.manual_seed(torch_seed(seed, purpose, step, rank))

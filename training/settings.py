@@ -76,7 +76,7 @@ class Settings:
     hessian_estimator: Literal["paper", "averaged"] = setting(
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
     )
-    hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group")
+    hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group, in one forward pass")
     # learning-rate schedule
     max_iters: int = setting(100_000, "optimizer steps of the whole run")
     decay_lr: bool = setting(True, "cosine decay to min_lr; otherwise constant after the warm-up")
@@ -84,7 +84,9 @@ class Settings:
     lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; None: max_iters")
     min_lr: float | None = setting(None, "final learning rate; None: 0.05 * learning_rate, as in the paper")
     # machine
-    backend: str | None = setting(None, "torch.distributed backend; None: nccl on CUDA, else gloo")
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = setting(
+        "auto", "torch.distributed's; auto: nccl on CUDA, else gloo"
+    )
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
@@ -149,12 +151,14 @@ def check_name(name: str, where: str) -> None:
 def literal(name: str, text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text  # not of the setting's type, as `coerce` will say
 
 
 def coerce(name: str, value: Any, where: str) -> Any:
     """`value` as the setting's type, or a UserError; whole numbers pass as floats, nothing else is converted."""
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{name} in {where}: the number is too large")
     if type(value) is int and float in kinds(name):
         value = float(value)
     if type(value) not in kinds(name):
@@ -164,8 +168,6 @@ def coerce(name: str, value: Any, where: str) -> Any:
         raise UserError(f"{name} = {value!r} in {where}: must be {type_name(name)}; did you mean {near[0]!r}?")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} = {value} in {where}: must be finite")
-    if type(value) is int and not -(2**63) <= value < 2**63:
-        raise UserError(f"{name} in {where}: the number is too large")
     return value
 
 

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from training import randomness
 from training.batches import Batches
 from training.machine import Machine
-from training.settings import Settings
 
 
 def data_parallel(model: nn.Module, machine: Machine) -> nn.Module:
@@ -24,7 +23,9 @@ def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tenso
     """Add the gradient of the mean loss over the batch of update `step` to the parameters' .grad, over all ranks.
     Returns this rank's part of that loss, a scalar on the device; the mean over the ranks is the batch's.
     """
-    machine = batches.machine
+    settings, machine = batches.settings, batches.machine
+    if settings.dropout > 0:
+        randomness.seed_dropout(settings.seed, step, machine.rank)
     total = torch.zeros((), device=machine.device)
     count = batches.accumulation_steps
     for number, (x, y) in enumerate(batches.train(step), start=1):
@@ -36,12 +37,6 @@ def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tenso
             loss.backward()
         total += loss.detach()
     return total
-
-
-def seed_dropout(settings: Settings, machine: Machine, step: int) -> None:
-    """Dropout is all that draws from the global generator: have it depend on (seed, step, rank) alone."""
-    if settings.dropout > 0:
-        torch.manual_seed(randomness.torch_seed(settings.seed, randomness.DROPOUT, step, machine.rank))
 
 
 @torch.no_grad()

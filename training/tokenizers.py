@@ -19,7 +19,7 @@ class Bytes:
         return list(text.encode("utf-8"))
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        return bytes(tokens)
+        return bytes(token for token in tokens if token < self.vocab_size)
 
 
 @dataclass(frozen=True)

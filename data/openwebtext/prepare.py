@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: every core)")
     options = parser.parse_args()
 
+    if options.num_proc < 1:
+        raise errors.UserError(f"--num-proc = {options.num_proc}: must be at least 1")
+
     tokenizer = GPT2()
     tokenizer.encoding  # noqa: B018  it is missing, or downloaded, before anything else is
     documents = load(options.data_files)
@@ -85,6 +88,11 @@ def load(files: list[Path] | None) -> datasets.Dataset:
         ) from None
     if "text" not in documents.column_names:
         raise errors.UserError(f"the documents have no column 'text', but {', '.join(documents.column_names)}")
+    if documents.features["text"].dtype not in ("string", "large_string"):
+        raise errors.UserError(f"the column 'text' holds {documents.features['text'].dtype}, not text")
+    missing = documents.data.column("text").null_count
+    if missing:
+        raise errors.UserError(f"{missing} of the {len(documents)} documents have no text")
     return documents
 
 

@@ -133,8 +133,9 @@ class GPT(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0
-        (below 1e-6) takes the most likely token; `top_k` samples from the k most likely. Context beyond block_size is forgotten.
+        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0 (or below
+        1e-6) takes the most likely token; `top_k` samples from the k most likely. Context beyond block_size is
+        forgotten.
         """
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_dataset
+from conftest import arguments, write_dataset
 
+import bench
 import plot
 import sample
 from training import preparation
@@ -84,6 +85,31 @@ def test_plot_refuses_a_picture_it_cannot_write(refused, call, train, tmp_path):
     train(tmp_path / "run", max_iters=1)
     assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "nowhere" / "x.png"))
     assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "x.docx"))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "keys"),
+    [
+        ("optimizer", ["sophia_over_adamw_fused", "lion_over_adamw_fused"]),
+        (
+            "curvature",
+            ["gnb_over_train", "hutchinson_over_train", "overhead_sophiah_32", "overhead_sophiag_240",
+             "overhead_sophiag_averaged_32"],
+        ),
+    ],
+)  # fmt: skip
+def test_bench_prints_its_ratios(call, benchmark, keys):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 4, "compile": False}
+    result = json.loads(call(bench, benchmark, "--rounds=1", "--json", "--device=cpu", *arguments(**shape)))
+    assert all(result[key] == result[key] for key in keys)  # numbers, none of them NaN
+    assert all(value > 0 for key, value in result.items() if key.startswith("seconds_"))
+    if benchmark == "optimizer":
+        assert result["sophia_over_adamw_fused"] == result["seconds_sophiag"] / result["seconds_adamw"]
+
+
+def test_bench_refuses_what_it_does_not_know(call, refused):
+    assert "invalid choice: 'memory'" in refused(lambda: call(bench, "memory"))
+    assert "did you mean 'n_layer'" in refused(lambda: call(bench, "optimizer", "--n_layr=3"))
 
 
 def test_the_standard_library_gives_the_same_data_every_time(tmp_path):

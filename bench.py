@@ -1,0 +1,171 @@
+"""Time what Sophia adds to training: in one process, in alternation, after warm-up.
+
+    python bench.py optimizer      an update of Sophia and of Lion, against torch's fused AdamW
+    python bench.py curvature      a curvature pass against a training pass on the same sequences, and what that adds to
+                                   a step of 480 sequences
+
+For example: python bench.py curvature config/gpt2_30m.py --block_size=256 --micro_batch_size=8 --json
+
+Other arguments are config files and settings, as train.py takes them.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import GPT, GPTConfig
+from training import errors, machine, steps
+from training.batches import Batches
+from training.curvature import Curvature
+from training.data import TokenData
+from training.optimizers import make_optimizer
+from training.settings import Settings, read
+
+PAPER_BATCH = 480  # sequences a step
+VOCAB_SIZE = 50257
+WARM_UP = 3
+
+
+def main() -> None:
+    parser = errors.Parser(__doc__)
+    parser.add_argument("benchmark", choices=["optimizer", "curvature"])
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds, whose median is taken (default 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, arguments = parser.parse_known_args()
+    if options.rounds < 1:
+        raise errors.UserError(f"--rounds = {options.rounds}: must be at least 1")
+    here = machine.set_up(read(arguments))
+
+    benchmark = {"optimizer": optimizer_benchmark, "curvature": curvature_benchmark}[options.benchmark]
+    result = benchmark(arguments, here, options.rounds)
+    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else here.device.type
+    result |= {"device": name, "dtype": str(here.dtype)[6:], "compile": here.compile, "rounds": options.rounds}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:32} {value:.4g}" if isinstance(value, float) else f"{key:32} {value}")
+
+
+def optimizer_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -> dict:
+    """Seconds of an update of every parameter, with a learning rate that changes at every step as a schedule's does."""
+    updates = {}
+    for name in ("adamw", "lion", "sophiag"):
+        s = read([*arguments, f"--optimizer={name}"])
+        model = make_model(s, here)
+        updates[name] = updater(make_optimizer(model, s, here))
+    seconds = alternate(updates, here, rounds)
+    return {f"seconds_{name}": seconds[name] for name in updates} | {
+        "lion_over_adamw_fused": seconds["lion"] / seconds["adamw"],
+        "sophia_over_adamw_fused": seconds["sophiag"] / seconds["adamw"],
+    }
+
+
+def updater(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        param.grad = torch.randn_like(param)
+
+    def update() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * 0.999
+        optimizer.step()
+
+    return update
+
+
+def curvature_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -> dict:
+    """Seconds of passes over one micro-batch, and of updates; a step of 480 sequences is put together from them."""
+    estimators = {
+        "sophiah": ["--optimizer=sophiah"],
+        "sophiag": ["--optimizer=sophiag"],
+        "sophiag_averaged": ["--optimizer=sophiag", "--hessian_estimator=averaged"],
+    }
+    first = read(arguments)
+    size = first.micro_batch_size
+    arguments = [*arguments, f"--batch_size={size}", f"--hessian_batch_size={size}"]
+    model = make_model(first, here)
+    params = list(model.parameters())
+    compiled = torch.compile(model, dynamic=False) if here.compile else model
+    training = Batches(random_tokens(first), read(arguments), here)
+
+    def train() -> None:
+        steps.accumulate_gradients(compiled, training, 1)
+        model.zero_grad()
+
+    passes: dict[str, Callable] = {"train": train}
+    for name, chosen in estimators.items():
+        s = read([*arguments, *chosen])
+        curvature = Curvature(model, s, here, Batches(random_tokens(s), s, here))
+        passes[name] = lambda curvature=curvature: curvature.estimate(1, params)
+    adamw = make_optimizer(make_model(first, here), read([*arguments, "--optimizer=adamw"]), here)
+    sophia = make_optimizer(make_model(first, here), read([*arguments, "--optimizer=sophiag"]), here)
+    estimate = [torch.rand_like(param) for group in sophia.param_groups for param in group["params"]]
+    passes |= {
+        "update_adamw": updater(adamw),
+        "update_sophia": updater(sophia),
+        "update_hessian": lambda: sophia.update_hessian(estimate),
+    }
+    peaks: dict[str, int] = {}
+    seconds = alternate(passes, here, rounds, peaks)
+
+    def overhead(name: str, sequences: int, interval: int = 10) -> float:
+        curvature = (sequences / size * seconds[name] + seconds["update_hessian"]) / interval
+        step = PAPER_BATCH / size * seconds["train"]
+        return (step + seconds["update_sophia"] + curvature) / (step + seconds["update_adamw"]) - 1
+
+    return {f"seconds_{name}": value for name, value in seconds.items()} | peaks | {
+        "sequences": size,
+        "gnb_over_train": seconds["sophiag"] / seconds["train"],
+        "gnb_averaged_over_train": seconds["sophiag_averaged"] / seconds["train"],
+        "hutchinson_over_train": seconds["sophiah"] / seconds["train"],
+        "overhead_sophiah_32": overhead("sophiah", 32),
+        "overhead_sophiag_240": overhead("sophiag", 240),
+        "overhead_sophiag_averaged_32": overhead("sophiag_averaged", 32),
+    }  # fmt: skip
+
+
+def make_model(s: Settings, here: machine.Machine) -> GPT:
+    torch.manual_seed(s.seed)
+    vocab_size = random_tokens(s).padded_vocab_size
+    return GPT(
+        GPTConfig(s.block_size, vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
+    ).to(here.device)  # fmt: skip
+
+
+def random_tokens(s: Settings) -> TokenData:
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 100 * s.block_size + 1, dtype=np.uint16)
+    return TokenData(Path(), "gpt2", VOCAB_SIZE, tokens, tokens, s.block_size, None, True)
+
+
+def alternate(
+    functions: dict[str, Callable], here: machine.Machine, rounds: int, peaks: dict[str, int] | None = None
+) -> dict[str, float]:
+    """Median seconds of each function, all of them called in turn, round after round. On CUDA `peaks` gets the bytes
+    that each allocates at most.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    cuda = here.device.type == "cuda"
+    for number in range(-WARM_UP, rounds):
+        for name, function in functions.items():
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+                if peaks is not None:
+                    peaks[f"peak_bytes_{name}"] = torch.cuda.max_memory_allocated()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 __all__ = [
     "SophiaG",
@@ -129,7 +128,7 @@ class _Sophia(torch.optim.Optimizer):
                 if param in self.state:
                     state = self.state[param]
                     inside = (state["exp_avg"].abs() < group["rho"] * state["hessian"]).sum()
-                    unclipped += inside.full_tensor() if isinstance(inside, DTensor) else inside
+                    unclipped += inside.full_tensor() if is_sharded(inside) else inside
                     total += param.numel()
         return float(unclipped) / max(total, 1)
 
@@ -250,7 +249,7 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
     params = list(params)
     if not loss.requires_grad:
         raise ValueError("the loss carries no graph: compute it with gradients enabled, and before any .backward()")
-    if any(isinstance(param, DTensor) for param in params):
+    if any(is_sharded(param) for param in params):
         raise ValueError("hutchinson does not work on sharded parameters (FSDP2): use gauss-newton-bartlett's labels")
     directions = normal_like(params, generator)
     gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -273,6 +272,10 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
             " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         ) from error
     return [u * product for u, product in zip(directions, products, strict=True)]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; not every build of torch has the class
 
 
 def hessian_vector_product(

@@ -1,7 +1,9 @@
 """The curvature step of the loop: sophia.py's estimates over micro-batches, groups and formats."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from sophia import hutchinson, labels_from_uniforms
 from training import randomness, settings
 from training.batches import Batches
 from training.curvature import Curvature
-from training.data import open_data
+from training.data import TokenData, open_data
 from training.machine import Machine
 
 STEP = 3
@@ -84,6 +86,39 @@ def test_the_averaged_estimate_is_the_mean_of_the_groups_squares(curvature, grou
     squares = [[group * 16 * g * g for g in sampled_gradient(c, i, i + group)] for i in range(0, 8, group)]
     expected = [torch.stack(parts).mean(dim=0) for parts in zip(*squares, strict=True)]
     assert distance(estimate(c), expected) < 1e-10
+
+
+class SameSequences(Batches):
+    """The sequences of step 1 at every step, so that steps differ in their draws of labels alone."""
+
+    def _train_rows(self, step, first, last):
+        return super()._train_rows(1, first, last)
+
+
+def test_averaging_over_n_groups_divides_the_variance_by_n():
+    tokens = np.random.default_rng(0).integers(0, 7, 5000, dtype=np.uint16)
+    data = TokenData(Path(), "bytes", 7, tokens, tokens, 16, None, True)
+    here = Machine(torch.device("cpu"), torch.float32, compile=False)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 7, 1, 2, 4)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def moments(groups, draws):
+        options = {"optimizer": "sophiag", "block_size": 16, "batch_size": 32, "hessian_batch_size": 32}
+        if groups > 1:
+            options |= {"hessian_estimator": "averaged", "hessian_group_size": 32 // groups}
+        s = settings.read(arguments(**options, micro_batch_size=32))
+        c = Curvature(model, s, here, SameSequences(data, s, here))
+        estimates = torch.stack([flat(c.estimate(step, list(model.parameters()))) for step in range(draws)])
+        return estimates.mean(dim=0), estimates.var(dim=0).sum()
+
+    mean, variance = moments(1, 1000)
+    for groups, draws in ((2, 1000), (8, 500)):
+        averaged_mean, averaged_variance = moments(groups, draws)
+        assert variance / averaged_variance == pytest.approx(groups, rel=0.15)
+        assert (averaged_mean - mean).norm() < 0.1 * mean.norm()
 
 
 @pytest.mark.parametrize("name", ["sophiah", "sophiag"])

@@ -77,12 +77,22 @@ def test_gauss_newton_bartlett_is_unbiased_for_the_gauss_newton_diagonal(
     assert_unbiased(gauss_newton_draws, exact_gauss_newton_diagonal)
 
 
-def test_hutchinson_is_unbiased_for_the_hessian_diagonal(tiny, exact_hessian):
+@pytest.fixture(scope="module")
+def hutchinson_draws(tiny):
     model, params, idx, targets = tiny
     generator = torch.Generator().manual_seed(1)
     with sdpa_kernel(SDPBackend.MATH):
-        draws = torch.stack([flat(hutchinson(model(idx, targets), params, generator)) for _ in range(DRAWS)])
-    assert_unbiased(draws, exact_hessian.diagonal())
+        return torch.stack([flat(hutchinson(model(idx, targets), params, generator)) for _ in range(DRAWS)])
+
+
+def test_hutchinson_is_unbiased_for_the_hessian_diagonal(hutchinson_draws, exact_hessian):
+    assert_unbiased(hutchinson_draws, exact_hessian.diagonal())
+
+
+def test_hutchinsons_variance_is_that_of_gaussian_directions(hutchinson_draws, exact_hessian):
+    """For u ~ N(0, I) the variance of u_i (H u)_i is 2 h_ii^2 + sum over j != i of h_ij^2."""
+    expected = (exact_hessian**2).sum(dim=1) + exact_hessian.diagonal() ** 2
+    assert hutchinson_draws.var(dim=0).sum() / expected.sum() == pytest.approx(1, abs=0.1)
 
 
 def test_the_interval_notices_true_labels_in_place_of_sampled_ones(tiny, gauss_newton_draws):

@@ -53,7 +53,7 @@ class Curvature:
 
     def _averaged_gauss_newton_bartlett(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """The mean of b * g * g over n groups of b token positions each: unbiased like the paper's estimate for every
-        b, with an n-th of the variance that one squared gradient of all positions has.
+        b, with about an n-th of its variance (more for parameters that few positions of a group touch).
         """
         s = self.settings
         mean = [torch.zeros_like(param) for param in params]

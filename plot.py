@@ -18,14 +18,15 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, run in enumerate(options.runs):
-        draw(axes, run, color=f"C{number}")
+        namesakes = sum(other.name == run.name for other in options.runs)
+        draw(axes, run, color=f"C{number}", label=run.name if namesakes == 1 else str(run))
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figures.save(figure, options.output)
 
 
-def draw(axes: plt.Axes, run: Path, color: str) -> None:
+def draw(axes: plt.Axes, run: Path, color: str, label: str) -> None:
     """A thin line for the training loss, a thick one with dots for the validation loss."""
     path = run / metrics.FILE
     if not path.is_file():
@@ -35,7 +36,7 @@ def draw(axes: plt.Axes, run: Path, color: str) -> None:
         raise errors.UserError(f"{path} has no rows yet")
     styles = {
         "train/loss": {"linewidth": 0.8, "alpha": 0.6},
-        "val/loss": {"linewidth": 2, "marker": ".", "label": str(run)},
+        "val/loss": {"linewidth": 2, "marker": ".", "label": label},
     }
     for key, style in styles.items():
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float)]

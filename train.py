@@ -20,7 +20,7 @@ from training import checkpoints, errors, machine, settings, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.data import TokenData, open_data
-from training.files import check_writable
+from training.files import check_writable, write_json
 from training.metrics import FILE, Metrics, read_rows
 from training.optimizers import learning_rate, make_optimizer
 
@@ -66,7 +66,7 @@ def main() -> None:
         return
     if here.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(out_dir / "settings.json", dataclasses.asdict(s))
+        write_json(out_dir / "settings.json", dataclasses.asdict(s))
     with Metrics(out_dir, s, progress.step if resumed else -1, here.is_main) as metrics:
 
         def evaluate() -> float:

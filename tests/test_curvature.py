@@ -68,7 +68,7 @@ def sampled_gradient(c, first, last):
     """The gradient for sequences first to last, with the labels of the step's own draw."""
     x, _ = first_sequences(c)
     logits = c.model(x)
-    labels = labels_from_uniforms(logits, c.batches.label_uniforms(STEP, (0, 8)))
+    labels = labels_from_uniforms(logits, c.batches.label_uniforms(STEP))
     loss = F.cross_entropy(logits[first:last].flatten(0, 1), labels[first:last].flatten())
     return torch.autograd.grad(loss, list(c.model.parameters()))
 

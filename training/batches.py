@@ -9,7 +9,6 @@ from torch import Tensor
 
 from training import randomness
 from training.data import TokenData, chunks, share
-from training.errors import UserError
 from training.machine import Machine
 from training.settings import Settings, require_multiple
 
@@ -58,11 +57,11 @@ class Batches:
                 y = torch.cat((y, torch.full_like(y[:1], -1).expand(filler, -1)))
             yield self._to_device(x, y)
 
-    def label_uniforms(self, step: int, rows: tuple[int, int]) -> Tensor:
-        """The random numbers, (2, sequences, block_size), that draw the labels of sequences `rows` of update `step`."""
+    def label_uniforms(self, step: int) -> Tensor:
+        """The random numbers, (2, hessian_batch_size, block_size), that draw the labels of update `step`."""
         generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
-        return torch.rand(shape, generator=generator)[:, slice(*rows)].to(self.machine.device)
+        return torch.rand(shape, generator=generator).to(self.machine.device)
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         s = self.settings
@@ -83,11 +82,7 @@ def check_batch(settings: Settings, world_size: int) -> None:
         fitting = [] if s.batch_size % world_size else divisors(s.batch_size // world_size)
         near = sorted(fitting, key=lambda size: abs(size - s.micro_batch_size))[:3]
         instead = f"; or micro_batch_size = {' or '.join(map(str, sorted(near)))}" if near else ""
-        why = f"micro_batch_size {s.micro_batch_size}{ranks}"
-        try:
-            require_multiple("batch_size", s.batch_size, unit, why)
-        except UserError as error:
-            raise UserError(f"{error}{instead}") from None
+        require_multiple("batch_size", s.batch_size, unit, f"micro_batch_size {s.micro_batch_size}{ranks}", instead)
     if s.optimizer == "sophiag" and s.hessian_estimator == "averaged":
         require_multiple("hessian_batch_size", s.hessian_batch_size, s.hessian_group_size, "hessian_group_size")
 

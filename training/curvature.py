@@ -43,8 +43,9 @@ class Curvature:
         """B * g * g, g the mean gradient over all B token positions of the sequences (the paper's algorithm 2)."""
         sequences = self.settings.hessian_batch_size
         mean = [torch.zeros_like(param) for param in params]
+        uniforms = self.batches.label_uniforms(step)
         for (x, _), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
-            gradients = self._sampled_gradients(step, params, x, (first, last))
+            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
             torch._foreach_add_(mean, gradients, alpha=(last - first) / sequences)
         self.machine.sum_over_ranks(mean)
         torch._foreach_mul_(mean, mean)
@@ -58,15 +59,16 @@ class Curvature:
         s = self.settings
         mean = [torch.zeros_like(param) for param in params]
         weight = s.hessian_group_size * s.block_size / (s.hessian_batch_size // s.hessian_group_size)  # b / n
-        for (x, _), rows in self.batches.curvature(step, s.hessian_group_size, group=s.hessian_group_size):
-            gradients = self._sampled_gradients(step, params, x, rows)
+        uniforms = self.batches.label_uniforms(step)
+        for (x, _), (first, last) in self.batches.curvature(step, s.hessian_group_size, group=s.hessian_group_size):
+            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
             torch._foreach_addcmul_(mean, gradients, gradients, value=weight)
         self.machine.sum_over_ranks(mean)
         return mean
 
-    def _sampled_gradients(self, step: int, params: list[Tensor], x: Tensor, rows: tuple[int, int]) -> tuple:
+    def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         with self.machine.autocast():
-            loss = self.sampled_loss(self.model, x, self.batches.label_uniforms(step, rows))
+            loss = self.sampled_loss(self.model, x, uniforms)
         return torch.autograd.grad(loss, params)
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:

@@ -293,12 +293,12 @@ def require(settings: Settings, name: str, holds: bool, expected: str) -> None:
         raise UserError(f"{name} = {getattr(settings, name)!r}: must be {expected}")
 
 
-def require_multiple(name: str, value: int, of: int, why: str) -> None:
-    """`value` must be a multiple of `of`; otherwise the message names the nearest values that are."""
+def require_multiple(name: str, value: int, of: int, why: str, instead: str = "") -> None:
+    """`value` must be a multiple of `of`; otherwise the message names the nearest values that are, then `instead`."""
     if value % of:
         below, above = value // of * of, (value // of + 1) * of
         near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"{name} = {value} is not a multiple of {of} ({why}); {near} would do")
+        raise UserError(f"{name} = {value} is not a multiple of {of} ({why}); {near} would do{instead}")
 
 
 def help_text() -> str:

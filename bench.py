@@ -10,7 +10,9 @@ Other arguments are config files and settings, as train.py takes them.
 """
 
 import json
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 
 from model import GPT, GPTConfig
 from training import errors, machine, steps
-from training.batches import Batches
+from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.data import TokenData
 from training.optimizers import make_optimizer
@@ -35,11 +37,18 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("benchmark", choices=["optimizer", "curvature"])
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds, whose median is taken (default 10)")
+    parser.add_argument("--sequences", type=int, help="sequences of a curvature pass (default micro_batch_size)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, arguments = parser.parse_known_args()
     if options.rounds < 1:
         raise errors.UserError(f"--rounds = {options.rounds}: must be at least 1")
-    here = machine.set_up(read(arguments))
+    if options.sequences is not None:
+        arguments.append(f"--batch_size={options.sequences}")
+    else:
+        arguments.append(f"--batch_size={read(arguments).micro_batch_size}")
+    s = read(arguments)
+    check_batch(s, world_size=1)
+    here = machine.set_up(s)
 
     benchmark = {"optimizer": optimizer_benchmark, "curvature": curvature_benchmark}[options.benchmark]
     result = benchmark(arguments, here, options.rounds)
@@ -80,19 +89,19 @@ def updater(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def curvature_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -> dict:
-    """Seconds of passes over one micro-batch, and of updates; a step of 480 sequences is put together from them."""
+    """Seconds of passes over the same sequences, and of updates; a step of 480 sequences is put together from them."""
     estimators = {
         "sophiah": ["--optimizer=sophiah"],
         "sophiag": ["--optimizer=sophiag"],
         "sophiag_averaged": ["--optimizer=sophiag", "--hessian_estimator=averaged"],
     }
     first = read(arguments)
-    size = first.micro_batch_size
-    arguments = [*arguments, f"--batch_size={size}", f"--hessian_batch_size={size}"]
+    size = first.batch_size
+    arguments = [*arguments, f"--hessian_batch_size={size}"]
     model = make_model(first, here)
     params = list(model.parameters())
     compiled = torch.compile(model, dynamic=False) if here.compile else model
-    training = Batches(random_tokens(first), read(arguments), here)
+    training = Batches(random_tokens(first), first, here)
 
     def train() -> None:
         steps.accumulate_gradients(compiled, training, 1)
@@ -133,9 +142,9 @@ def curvature_benchmark(arguments: list[str], here: machine.Machine, rounds: int
 def make_model(s: Settings, here: machine.Machine) -> GPT:
     torch.manual_seed(s.seed)
     vocab_size = random_tokens(s).padded_vocab_size
-    return GPT(
-        GPTConfig(s.block_size, vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
-    ).to(here.device)  # fmt: skip
+    model = GPT(GPTConfig(s.block_size, vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
+    model.checkpoint_activations = s.checkpoint_activations
+    return model.to(here.device)
 
 
 def random_tokens(s: Settings) -> TokenData:
@@ -146,25 +155,39 @@ def random_tokens(s: Settings) -> TokenData:
 def alternate(
     functions: dict[str, Callable], here: machine.Machine, rounds: int, peaks: dict[str, int] | None = None
 ) -> dict[str, float]:
-    """Median seconds of each function, all of them called in turn, round after round. On CUDA `peaks` gets the bytes
-    that each allocates at most.
+    """Median seconds of each function, all of them called in turn, round after round. `peaks` gets the bytes in use
+    when they were the most during its last call: of CUDA's allocator, or of the whole process on a CPU under Linux.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    cuda = here.device.type == "cuda"
     for number in range(-WARM_UP, rounds):
         for name, function in functions.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+            reset_peak_memory(here)
             start = time.perf_counter()
             function()
-            if cuda:
+            if here.device.type == "cuda":
                 torch.cuda.synchronize()
-                if peaks is not None:
-                    peaks[f"peak_bytes_{name}"] = torch.cuda.max_memory_allocated()
             if number >= 0:
                 times[name].append(time.perf_counter() - start)
+            if peaks is not None and (peak := peak_memory(here)) is not None:
+                peaks[f"peak_bytes_{name}"] = peak
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def reset_peak_memory(here: machine.Machine) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+
+
+def peak_memory(here: machine.Machine) -> int | None:
+    if here.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(line[1]) * 1024
+    return None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model. Its parameters have the names that Hugging Face's GPT-2 gives them, without the prefix `transformer.`;
     the output head is the token embedding itself (tied), so it has no parameter of its own.
+
+    Set `checkpoint_activations` to keep only the blocks' inputs for the backward pass and compute the rest again.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -105,7 +110,7 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[:T]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_activations else block(x)
         return self.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:

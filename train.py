@@ -48,6 +48,7 @@ def main() -> None:
     if resumed:
         resumed.load_model(model)
     model.to(here.device)
+    model.checkpoint_activations = s.checkpoint_activations
     optimizer = make_optimizer(model, s, here)
     if resumed:
         resumed.load_optimizer(model, optimizer)

@@ -118,6 +118,20 @@ def test_a_generator_decides_the_draw_and_the_global_one_is_not_touched(tiny, es
 
 
 @pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
+def test_checkpointed_activations_give_the_same_estimate(tiny, estimator):
+    model, params, idx, targets = tiny
+
+    def draw(checkpointed):
+        model.checkpoint_activations = checkpointed
+        with sdpa_kernel(SDPBackend.MATH):
+            given = model(idx) if estimator is gauss_newton_bartlett else model(idx, targets)
+            return flat(estimator(given, params, torch.Generator().manual_seed(3)))
+
+    assert torch.equal(draw(False), draw(True))
+    model.checkpoint_activations = False
+
+
+@pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
 def test_an_unused_parameter_gets_zeros(estimator):
     used, unused = torch.randn(3, 5, requires_grad=True), torch.randn(2, requires_grad=True)
     given = used * 2.0 if estimator is gauss_newton_bartlett else (used**3).sum()

@@ -1,5 +1,8 @@
 """The curvature step: Sophia's estimates over many micro-batches and many ranks."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,10 +22,10 @@ class Curvature:
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
-        self.sampled_loss, self.loss_curvature = sampled_loss, loss_curvature
+        self.sampled_loss, self.add_loss_curvature = sampled_loss, add_loss_curvature
         if machine.compile:
             self.sampled_loss = torch.compile(sampled_loss, dynamic=False)
-            self.loss_curvature = torch.compile(loss_curvature, dynamic=False)
+            self.add_loss_curvature = torch.compile(add_loss_curvature, dynamic=False)
 
     def is_due(self, step: int) -> bool:
         """Whether update `step` (from 1) begins with an estimate: the first does, then every hessian_interval-th."""
@@ -45,8 +48,8 @@ class Curvature:
         mean = [torch.zeros_like(param) for param in params]
         uniforms = self.batches.label_uniforms(step)
         for (x, _), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
-            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
-            torch._foreach_add_(mean, gradients, alpha=(last - first) / sequences)
+            weight = (last - first) / sequences
+            torch._foreach_add_(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), alpha=weight)
         self.machine.sum_over_ranks(mean)
         torch._foreach_mul_(mean, mean)
         torch._foreach_mul_(mean, sequences * self.settings.block_size)
@@ -61,8 +64,7 @@ class Curvature:
         weight = s.hessian_group_size * s.block_size / (s.hessian_batch_size // s.hessian_group_size)  # b / n
         uniforms = self.batches.label_uniforms(step)
         for (x, _), (first, last) in self.batches.curvature(step, s.hessian_group_size, group=s.hessian_group_size):
-            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
-            torch._foreach_addcmul_(mean, gradients, gradients, value=weight)
+            add_squares(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), weight)
         self.machine.sum_over_ranks(mean)
         return mean
 
@@ -78,17 +80,20 @@ class Curvature:
         names = {param: name for name, param in self.model.named_parameters()}
         point = {names[param]: param.detach() for param in params}
         towards = {names[param]: u for param, u in zip(params, directions, strict=True)}
-        mean = [torch.zeros_like(param) for param in params]
-        # Forward over reverse keeps every activation twice, so half a micro-batch takes the memory of a whole one.
-        size = max(1, self.settings.micro_batch_size // 2)
+        mean = {name: torch.zeros_like(param) for name, param in point.items()}
+        # Forward over reverse keeps every activation twice, and the directions besides: a quarter of a micro-batch takes
+        # about the memory of a whole one in training. Without checkpoints, which forward mode does not support, it is
+        # about an eighth of one with them.
+        size = max(1, self.settings.micro_batch_size // (8 if self.model.checkpoint_activations else 4))
         for (x, y), (first, last) in self.batches.curvature(step, size):
-            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                product = self.loss_curvature(self.model, point, towards, x, y)
             weight = (last - first) / self.settings.hessian_batch_size
-            torch._foreach_add_(mean, [product[name] for name in point], alpha=weight)
-        self.machine.sum_over_ranks(mean)
-        torch._foreach_mul_(mean, directions)
-        return mean
+            # fused attention has no second derivative
+            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH), keeping_activations(self.model):
+                self.add_loss_curvature(mean, weight, self.model, point, towards, x, y)
+        products = list(mean.values())
+        self.machine.sum_over_ranks(products)
+        torch._foreach_mul_(products, directions)
+        return products
 
 
 def sampled_loss(model: GPT, x: Tensor, uniforms: Tensor) -> Tensor:
@@ -97,8 +102,32 @@ def sampled_loss(model: GPT, x: Tensor, uniforms: Tensor) -> Tensor:
     return token_cross_entropy(logits, labels_from_uniforms(logits.detach(), uniforms))
 
 
-def loss_curvature(
-    model: GPT, point: dict[str, Tensor], directions: dict[str, Tensor], x: Tensor, y: Tensor
-) -> dict[str, Tensor]:
-    """H u of the training loss at the weights `point`, by their names."""
-    return hessian_vector_product(lambda weights: torch.func.functional_call(model, weights, (x, y)), point, directions)
+def add_squares(total: list[Tensor], tensors: tuple[Tensor, ...], weight: float) -> None:
+    torch._foreach_addcmul_(total, tensors, tensors, value=weight)
+
+
+@contextlib.contextmanager
+def keeping_activations(model: GPT) -> Iterator[None]:
+    checkpointed, model.checkpoint_activations = model.checkpoint_activations, False
+    try:
+        yield
+    finally:
+        model.checkpoint_activations = checkpointed
+
+
+def add_loss_curvature(
+    total: dict[str, Tensor],
+    weight: float,
+    model: GPT,
+    point: dict[str, Tensor],
+    directions: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    """Add weight * H u of the training loss at the weights `point` to `total`."""
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (x, y))
+
+    for name, product in hessian_vector_product(loss, point, directions).items():
+        total[name].add_(product, alpha=weight)

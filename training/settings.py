@@ -61,6 +61,7 @@ class Settings:
     # batch
     batch_size: int = setting(480, "sequences per optimizer step, over all ranks")
     micro_batch_size: int = setting(12, "sequences per forward pass on one device")
+    checkpoint_activations: bool = setting(False, "compute each block's activations twice and keep fewer in memory")
     # optimizer
     optimizer: Literal["adamw", "lion", "sophiah", "sophiag"] = setting("adamw", "the optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")

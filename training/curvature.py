@@ -81,9 +81,9 @@ class Curvature:
         point = {names[param]: param.detach() for param in params}
         towards = {names[param]: u for param, u in zip(params, directions, strict=True)}
         mean = {name: torch.zeros_like(param) for name, param in point.items()}
-        # Forward over reverse keeps every activation twice, and the directions besides: a quarter of a micro-batch takes
-        # about the memory of a whole one in training. Without checkpoints, which forward mode does not support, it is
-        # about an eighth of one with them.
+        # Forward over reverse keeps every activation twice, and the directions besides: a quarter of a micro-batch
+        # takes about the memory of a whole one in training. Checkpoints have no forward mode: without them it is an
+        # eighth of a micro-batch that is trained on with them.
         size = max(1, self.settings.micro_batch_size // (8 if self.model.checkpoint_activations else 4))
         for (x, y), (first, last) in self.batches.curvature(step, size):
             weight = (last - first) / self.settings.hessian_batch_size

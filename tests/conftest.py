@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from training import errors
+from training.settings import ROOT
+from training.tokenizers import GPT2
 
 torch.set_num_threads(1)  # the models are too small for more
 
@@ -71,7 +73,7 @@ def refused(capsys):
             errors.run(main)
         assert stop.value.code == 2
         printed = capsys.readouterr().err.splitlines()
-        lines = [line for line in printed if line.strip() and " examples/s]" not in line]  # but progress bars
+        lines = [line for line in printed if line.strip() and "/s]" not in line]  # but progress bars
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         return lines[0]
@@ -83,3 +85,28 @@ def same_weights(left, right):
     """Whether two checkpoint folders hold bit-identical weights and optimizer state."""
     return all((left / name).read_bytes() == (right / name).read_bytes() for name in
                ("model.safetensors", "optimizer.safetensors"))  # fmt: skip
+
+
+@pytest.fixture
+def vocabulary(monkeypatch):
+    """tiktoken's encoding of GPT-2's vocabulary; the test is skipped where it cannot be had."""
+    local = ROOT.parent / "shared" / "tiktoken"
+    if local.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(local))
+    try:
+        return GPT2().encoding
+    except errors.UserError as error:
+        pytest.skip(f"the GPT-2 vocabulary cannot be had: {error}")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *arguments) runs a script's main in the test process and returns what it printed."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        script.main()
+        return capsys.readouterr().out
+
+    return run

@@ -3,42 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arguments, write_dataset
+from conftest import arguments
 
 import bench
 import plot
 import sample
-from training import preparation
-from training.data import open_data
-from training.errors import UserError
 from training.settings import ROOT
-from training.tokenizers import GPT2, TOKENIZERS, Bytes
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(script, *arguments) runs its main in this process and returns what it printed."""
-
-    def run(script, *command):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, command)])
-        capsys.readouterr()
-        script.main()
-        return capsys.readouterr().out
-
-    return run
-
-
-def load_script(path):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(path.parent.name + "_prepare", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from training.tokenizers import TOKENIZERS
 
 
 def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):
@@ -107,6 +81,17 @@ def test_bench_prints_its_ratios(call, benchmark, keys):
         assert result["sophia_over_adamw_fused"] == result["seconds_sophiag"] / result["seconds_adamw"]
 
 
+def test_bench_of_the_loader_and_of_the_preparation(call, dataset, vocabulary, refused, tmp_path):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 4, "compile": False}
+    common = ["--rounds=1", "--json", "--device=cpu"]
+    result = json.loads(call(bench, "loader", *common, *arguments(dataset=dataset, **shape)))
+    assert result["loader_over_train"] == result["seconds_train"] / result["seconds_load"]
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    result = json.loads(call(bench, "tokenize", *common, "--text", tmp_path / "text.jsonl"))
+    assert result["prepare_over_one_thread"] > 0
+    assert "--text FILE" in refused(lambda: call(bench, "tokenize"))
+
+
 def test_bench_refuses_what_it_does_not_know(call, refused):
     assert "invalid choice: 'memory'" in refused(lambda: call(bench, "memory"))
     assert "did you mean 'n_layer'" in refused(lambda: call(bench, "optimizer", "--n_layr=3"))
@@ -130,19 +115,6 @@ def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     assert metas[0]["checksum"]["val.bin"].startswith("sha256:")
 
 
-def test_half_a_data_set_is_not_taken_for_a_whole_one(tmp_path):
-    write_dataset(tmp_path, range(10), range(10))
-
-    def pieces():
-        yield np.arange(5, dtype=np.uint16)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        preparation.write_splits(tmp_path, {"train": pieces()}, Bytes(), "a test")
-    with pytest.raises(UserError, match=r"train\.bin does not exist|val\.bin does not exist"):
-        open_data(f"{tmp_path}/", 4)
-
-
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=lambda tokenizer: tokenizer.name)
 def test_tokenizers_give_the_text_back(tokenizer, vocabulary):
     text = "Hello, wörld! 你好 <|endoftext|>"
@@ -150,107 +122,3 @@ def test_tokenizers_give_the_text_back(tokenizer, vocabulary):
     assert tokenizer.decode_bytes(tokens).decode() == text
     assert all(0 <= token < tokenizer.end_of_text or tokenizer.name == "bytes" for token in tokens)
     assert tokenizer.decode_bytes([50300] if tokenizer.name == "gpt2" else []) == b""
-
-
-# OpenWebText's script, on local files. The GPT-2 vocabulary needs a network or a cache.
-
-
-@pytest.fixture
-def vocabulary(monkeypatch):
-    local = ROOT.parent / "shared" / "tiktoken"
-    if local.is_dir():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(local))
-    try:
-        return GPT2().encoding
-    except Exception as error:
-        pytest.skip(f"the GPT-2 vocabulary cannot be had: {error}")
-
-
-@pytest.fixture
-def openwebtext():
-    return load_script(ROOT / "data" / "openwebtext" / "prepare.py")
-
-
-DOCUMENTS = [f"Document number {i}: " + "so it goes, " * (i % 7) for i in range(3000)] + ["", "Ende – fin"]
-
-
-def reference(vocabulary):
-    """nanoGPT's pipeline on DOCUMENTS, in plain steps."""
-    import datasets
-
-    parts = datasets.Dataset.from_dict({"text": DOCUMENTS}).train_test_split(0.0005, seed=2357, shuffle=True)
-    return {
-        split: [token for text in parts[name]["text"] for token in [*vocabulary.encode_ordinary(text), 50256]]
-        for split, name in (("train", "train"), ("val", "test"))
-    }
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.bz2", "json.gz", "parquet"])
-def test_openwebtext_equals_nanogpts_pipeline(openwebtext, vocabulary, call, tmp_path, monkeypatch, kind):
-    import bz2
-    import gzip
-
-    import datasets
-
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / f"documents.{kind}"
-    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(DOCUMENTS))
-    if kind == "parquet":
-        datasets.Dataset.from_dict({"text": DOCUMENTS}).to_parquet(path)
-    else:
-        pack = {"bz2": bz2.compress, "gz": gzip.compress}.get(kind.split(".")[-1], bytes)
-        path.write_bytes(pack(lines.encode()))
-    call(openwebtext, "--data-files", path, "--out-dir", tmp_path / "out", "--num-proc", 1 + (kind == "jsonl"))
-    for split, tokens in reference(vocabulary).items():
-        assert np.fromfile(tmp_path / "out" / f"{split}.bin", "<u2").tolist() == tokens
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["tokenizer"] == "gpt2"
-    assert meta["vocab_size"] == 50257
-
-
-def test_openwebtext_takes_a_text_file_as_one_document(openwebtext, vocabulary, call, tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text(f"first line {i}\nsecond line\n")
-    call(openwebtext, "--data-files", *sorted(tmp_path.glob("*.txt")), "--out-dir", tmp_path / "out")
-    tokens = np.concatenate([np.fromfile(tmp_path / "out" / f"{split}.bin", "<u2") for split in ("train", "val")])
-    assert (tokens == 50256).sum() == 3
-    assert "first line 1\nsecond line" in vocabulary.decode(tokens.tolist())
-
-
-def test_openwebtext_refuses_what_it_cannot_read(openwebtext, vocabulary, call, refused, tmp_path):
-    def complaint(name, content=None):
-        path = tmp_path / name
-        if content is not None:
-            path.write_bytes(content)
-        return refused(lambda: call(openwebtext, "--data-files", path, "--out-dir", tmp_path / "out"))
-
-    assert "does not exist" in complaint("nothing.jsonl")
-    assert "is none of .json, .jsonl, .txt, .parquet" in complaint("words.docx", b"x")
-    assert "no column 'text', but words" in complaint("other.jsonl", b'{"words": "x"}\n{"words": "y"}\n')
-    assert "cannot be read" in complaint("broken.parquet", b"PAR1 but not really")
-    assert "the column 'text' holds int64, not text" in complaint("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n')
-    assert "1 of the 2 documents have no text" in complaint("null.jsonl", b'{"text": "x"}\n{"text": null}\n')
-    assert "1 documents cannot be split" in complaint("single.jsonl", b'{"text": "x"}\n')
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_vocabulary_says_what_to_do(openwebtext, call, refused, tmp_path, monkeypatch):
-    import tiktoken
-
-    def offline(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    line = refused(lambda: call(openwebtext, "--out-dir", tmp_path / "out"))
-    assert "set TIKTOKEN_CACHE_DIR" in line
-    assert not Path(tmp_path / "out").exists()
-
-
-def test_a_missing_network_says_what_to_do(openwebtext, vocabulary, call, refused, tmp_path, monkeypatch):
-    import datasets
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert "use --data-files" in refused(lambda: call(openwebtext, "--out-dir", tmp_path / "out"))

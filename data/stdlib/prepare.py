@@ -12,13 +12,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from training import errors  # noqa: E402
-from training.preparation import write_splits  # noqa: E402
+from training.preparation import TextSource, write_data_set  # noqa: E402
 from training.tokenizers import Bytes  # noqa: E402
 
 LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
@@ -42,13 +39,12 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent, help="where to write")
     out_dir = parser.parse_args().out_dir
 
-    tokenizer = Bytes()
-    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    for name, text in tqdm(documents().items(), unit="file"):
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    for name, text in documents().items():
         split = "val" if hashlib.sha256(name.encode()).digest()[0] % 20 == 0 else "train"
-        tokens = [*tokenizer.encode(text), tokenizer.end_of_text]
-        splits[split].append(np.array(tokens, dtype=np.uint16))
-    write_splits(out_dir, splits, tokenizer, source=f"standard library of Python {platform.python_version()}")
+        texts[split].append(text)
+    source = TextSource(f"standard library of Python {platform.python_version()}", texts)
+    write_data_set(out_dir, source, Bytes(), workers=1, overwrite=True)
 
 
 if __name__ == "__main__":

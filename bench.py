@@ -1,18 +1,23 @@
-"""Time what Sophia adds to training: in one process, in alternation, after warm-up.
+"""Time what Sophia adds to training, and what feeds it: in one process, in alternation, after warm-up.
 
     python bench.py optimizer      an update of Sophia and of Lion, against torch's fused AdamW
     python bench.py curvature      a curvature pass against a training pass on the same sequences, and what that adds to
                                    a step of 480 sequences
+    python bench.py loader         reading batches of --dataset, against training on them
+    python bench.py tokenize       preparing --text on every core, against one thread of tiktoken
 
 For example: python bench.py curvature config/gpt2_30m.py --block_size=256 --micro_batch_size=8 --json
 
 Other arguments are config files and settings, as train.py takes them.
 """
 
+import contextlib
+import itertools
 import json
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,34 +29,39 @@ from model import GPT, GPTConfig
 from training import errors, machine, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
-from training.data import TokenData
+from training.data import TokenData, Tokens, open_data
 from training.optimizers import make_optimizer
+from training.preparation import write_data_set
 from training.settings import Settings, read
+from training.tokenizers import GPT2
 
 PAPER_BATCH = 480  # sequences a step
 VOCAB_SIZE = 50257
 WARM_UP = 3
+BATCHES_AT_ONCE = 20
 
 
 def main() -> None:
     parser = errors.Parser(__doc__)
-    parser.add_argument("benchmark", choices=["optimizer", "curvature"])
+    parser.add_argument("benchmark", choices=list(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds, whose median is taken (default 10)")
     parser.add_argument("--sequences", type=int, help="sequences of a curvature pass (default micro_batch_size)")
+    parser.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="what `tokenize` takes, as prepare.py does"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, arguments = parser.parse_known_args()
     if options.rounds < 1:
         raise errors.UserError(f"--rounds = {options.rounds}: must be at least 1")
-    if options.sequences is not None:
-        arguments.append(f"--batch_size={options.sequences}")
-    else:
-        arguments.append(f"--batch_size={read(arguments).micro_batch_size}")
+    sequences = read(arguments).micro_batch_size if options.sequences is None else options.sequences
+    arguments.append(f"--batch_size={sequences}")
     s = read(arguments)
     check_batch(s, world_size=1)
     here = machine.set_up(s)
-
-    benchmark = {"optimizer": optimizer_benchmark, "curvature": curvature_benchmark}[options.benchmark]
-    result = benchmark(arguments, here, options.rounds)
+    if options.benchmark == "tokenize":
+        result = tokenize_benchmark(options.text or [], here, options.rounds)
+    else:
+        result = BENCHMARKS[options.benchmark](arguments, here, options.rounds)
     name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else here.device.type
     result |= {"device": name, "dtype": str(here.dtype)[6:], "compile": here.compile, "rounds": options.rounds}
     if options.json:
@@ -139,6 +149,67 @@ def curvature_benchmark(arguments: list[str], here: machine.Machine, rounds: int
     }  # fmt: skip
 
 
+def loader_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -> dict:
+    """Seconds to read a batch, and to train on one that is there already."""
+    s = read(arguments)
+    batches = Batches(open_data(s.dataset, s.block_size), s, here)
+    model = make_model(s, here)
+    compiled = torch.compile(model, dynamic=False) if here.compile else model
+    constant = Batches(random_tokens(s), s, here)
+    numbers = itertools.count(1)
+
+    def train() -> None:
+        steps.accumulate_gradients(compiled, constant, 1)
+        model.zero_grad()
+
+    def load() -> None:
+        for _ in range(BATCHES_AT_ONCE):
+            for _ in batches.train(next(numbers)):
+                pass
+
+    seconds = alternate({"train": train, "load": load}, here, rounds)
+    seconds["load"] /= BATCHES_AT_ONCE
+    return {f"seconds_{name}": value for name, value in seconds.items()} | {
+        "tokens_per_second_load": s.batch_size * s.block_size / seconds["load"],
+        "loader_over_train": seconds["train"] / seconds["load"],
+    }
+
+
+def tokenize_benchmark(files: list[Path], here: machine.Machine, rounds: int) -> dict:
+    """Megabytes of text a second from a table of documents to train.bin and val.bin, and by tiktoken alone."""
+    from training.documents import cores, open_documents
+
+    if not files:
+        raise errors.UserError("tokenize needs text: --text FILE, as prepare.py takes it with --data-files")
+    documents = open_documents("", None, files, False, "text", 0.0005)
+    encoding = GPT2().encoding
+
+    def one_thread() -> None:
+        for chunk in documents.chunks(None):
+            for texts in chunk.texts.values():
+                for text in texts():
+                    encoding.encode_ordinary(text)
+
+    def prepare() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_data_set(Path(folder), documents, GPT2(), cores())
+
+    with contextlib.redirect_stdout(sys.stderr):
+        seconds = alternate({"one_thread": one_thread, "prepare": prepare}, here, rounds)
+    return {f"megabytes_per_second_{name}": documents.size / 1e6 / value for name, value in seconds.items()} | {
+        "workers": cores(),
+        "prepare_over_one_thread": seconds["one_thread"] / seconds["prepare"],
+    }
+
+
+BENCHMARKS: dict[str, Callable] = {
+    "optimizer": optimizer_benchmark,
+    "curvature": curvature_benchmark,
+    "loader": loader_benchmark,
+    "tokenize": tokenize_benchmark,
+}
+
+
 def make_model(s: Settings, here: machine.Machine) -> GPT:
     torch.manual_seed(s.seed)
     vocab_size = random_tokens(s).padded_vocab_size
@@ -149,7 +220,8 @@ def make_model(s: Settings, here: machine.Machine) -> GPT:
 
 def random_tokens(s: Settings) -> TokenData:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 100 * s.block_size + 1, dtype=np.uint16)
-    return TokenData(Path(), "gpt2", VOCAB_SIZE, tokens, tokens, s.block_size, None, True)
+    stream = Tokens([tokens], "random tokens")
+    return TokenData(Path(), "gpt2", VOCAB_SIZE, stream, stream, s.block_size, None, True)
 
 
 def alternate(

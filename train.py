@@ -88,7 +88,7 @@ def main() -> None:
 
         tokens_per_step = s.batch_size * s.block_size
         recent = []  # (loss, gradient norm), on the device, of the steps since the last row
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), batches.seconds_waited
         for step in range(progress.step + 1, s.max_iters + 1):
             lr = learning_rate(s, step)
             for group in optimizer.param_groups:
@@ -130,12 +130,13 @@ def main() -> None:
                     "clip_rate": progress.clipped_steps / step,
                     "win_rate": optimizer.unclipped_fraction() if s.optimizer.startswith("sophia") else None,
                     "tokens_per_second": speed,
+                    "data_wait": (batches.seconds_waited - waited) / seconds,
                     "mfu": speed * model.flops_per_token() / (peak * here.world_size) if peak else None,
                 }
             )
             if evaluating:
                 save()
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), batches.seconds_waited
 
 
 def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:

@@ -16,7 +16,7 @@ from sophia import hutchinson, labels_from_uniforms, normal_like
 from training import randomness, settings
 from training.batches import Batches
 from training.curvature import Curvature
-from training.data import TokenData, open_data
+from training.data import TokenData, Tokens, open_data
 from training.machine import Machine, has_compiler
 from training.steps import accumulate_gradients
 
@@ -99,7 +99,7 @@ class SameSequences(Batches):
 
 def test_averaging_over_n_groups_divides_the_variance_by_n():
     tokens = np.random.default_rng(0).integers(0, 7, 5000, dtype=np.uint16)
-    data = TokenData(Path(), "bytes", 7, tokens, tokens, 16, None, True)
+    data = TokenData(Path(), "bytes", 7, Tokens([tokens], ""), Tokens([tokens], ""), 16, None, True)
     here = Machine(torch.device("cpu"), torch.float32, compile=False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 7, 1, 2, 4)).double()

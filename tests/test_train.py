@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train as script
 from training import checkpoints
+from training.data import pairs
 from training.optimizers import parameter_groups
 from training.settings import ROOT
 
@@ -36,7 +37,7 @@ def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
     train(tmp_path / "parts", **options | {"max_iters": 30, "lr_decay_iters": 60})
     parts = train(tmp_path / "parts", **options, init_from="resume")
     assert same_weights(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts"))
-    timings = ("seconds", "tokens_per_second")
+    timings = ("seconds", "tokens_per_second", "data_wait")
     left, right = ([{k: v for k, v in row.items() if k not in timings} for row in rows] for rows in (whole, parts))
     assert left == right
     assert [row["step"] for row in parts] == list(range(61))
@@ -101,7 +102,7 @@ def test_metrics_mean_what_they_say(train, tmp_path, dataset):
     torch.manual_seed(1337)
     model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
     with torch.no_grad():
-        assert model(*data.train_rows(1337, 1, 8, 0, 8)).item() == pytest.approx(rows[1]["train/loss"], abs=1e-6)
+        assert model(*pairs(data.train_rows(1337, 1, 8, 0, 8))).item() == pytest.approx(rows[1]["train/loss"], abs=1e-6)
 
 
 def test_validation_covers_the_whole_split_in_fixed_blocks(train, tmp_path, dataset):
@@ -109,7 +110,7 @@ def test_validation_covers_the_whole_split_in_fixed_blocks(train, tmp_path, data
     data = script.open_data(str(dataset), 16)
     torch.manual_seed(1337)
     model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
-    val = torch.from_numpy(data.val.astype(np.int64))
+    val = torch.from_numpy(data.val.files[0].astype(np.int64))
     blocks = (len(val) - 1) // 16
     x, y = val[: blocks * 16].view(-1, 16), val[1 : blocks * 16 + 1].view(-1, 16)
     assert blocks % 8  # so that the last batch is filled up
@@ -205,7 +206,7 @@ def test_clipping_scales_the_gradient_to_its_largest_norm(train, tmp_path, datas
     train(tmp_path, max_iters=1, grad_clip=0.1, warmup_iters=0, min_lr=6e-4)
     torch.manual_seed(1337)
     model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
-    model(*script.open_data(str(dataset), 16).train_rows(1337, 1, 8, 0, 8)).backward()
+    model(*pairs(script.open_data(str(dataset), 16).train_rows(1337, 1, 8, 0, 8))).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert norm > 0.1
     trained = load_file(last_checkpoint(tmp_path) / "model.safetensors")

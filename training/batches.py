@@ -1,19 +1,22 @@
 """This rank's share of every batch: for training, for curvature and for validation."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from training import randomness
-from training.data import TokenData, chunks, share
+from training.data import TokenData, chunks, pairs, share
 from training.machine import Machine
 from training.settings import Settings, require_multiple
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
     """Batches are pairs (x, y) of int64 tensors (sequences, block_size) on the device; y is x one token later."""
 
@@ -21,16 +24,26 @@ class Batches:
     settings: Settings
     machine: Machine
 
+    def __post_init__(self) -> None:
+        self._ahead = Ahead(self._load, self.machine.device)
+
+    @property
+    def seconds_waited(self) -> float:
+        """For training data to be read, so far."""
+        return self._ahead.seconds_waited
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one optimizer step on this rank."""
         return self.settings.batch_size // (self.settings.micro_batch_size * self.machine.world_size)
 
     def train(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of update `step`."""
+        """This rank's micro-batches of update `step`. Each is read while the device works on the one before."""
         start, stop = share(self.settings.batch_size, self.machine.rank, self.machine.world_size)
-        for first, last in chunks(start, stop, self.settings.micro_batch_size):
-            yield self._train_rows(step, first, last)
+        parts = list(chunks(start, stop, self.settings.micro_batch_size))
+        upcoming = [*((step, part) for part in parts[1:]), (step + 1, parts[0])]
+        for part, following in zip(parts, upcoming, strict=True):
+            yield self._on_device(self._ahead.take((step, part), following))
 
     def curvature(
         self, step: int, size: int, group: int = 1
@@ -50,12 +63,12 @@ class Batches:
         starts = self.data.val_blocks(self.settings.eval_sequences)
         start, stop = share(len(starts), self.machine.rank, self.machine.world_size)
         for first, last in chunks(start, stop, size):
-            x, y = self.data.val_rows(starts[first:last])
+            x, y = self._on_device(self.data.val_rows(starts[first:last]))
             filler = size - (last - first)
             if filler:
                 x = torch.cat((x, x[:1].expand(filler, -1)))
                 y = torch.cat((y, torch.full_like(y[:1], -1).expand(filler, -1)))
-            yield self._to_device(x, y)
+            yield x, y
 
     def label_uniforms(self, step: int) -> Tensor:
         """The random numbers, (2, hessian_batch_size, block_size), that draw the labels of update `step`."""
@@ -64,13 +77,39 @@ class Batches:
         return torch.rand(shape, generator=generator).to(self.machine.device)
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        s = self.settings
-        return self._to_device(*self.data.train_rows(s.seed, step, s.batch_size, first, last))
+        return self._on_device(self._load((step, (first, last))))
 
-    def _to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.machine.device.type == "cuda":
-            return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in tensors)
-        return tuple(t.to(self.machine.device) for t in tensors)
+    def _load(self, key: tuple[int, tuple[int, int]]) -> Tensor:
+        step, (first, last) = key
+        rows = self.data.train_rows(self.settings.seed, step, self.settings.batch_size, first, last)
+        return rows.pin_memory() if self.machine.device.type == "cuda" else rows
+
+    def _on_device(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # two bytes a token cross to the device, which widens them
+        return pairs(rows.to(self.machine.device, non_blocking=True))
+
+
+class Ahead:
+    """Calls `load` for the next key in a thread of its own while the present one is worked on."""
+
+    def __init__(self, load: Callable[[Any], Tensor], device: torch.device):
+        def set_up() -> None:
+            if device.type == "cuda":  # a thread begins with device 0, and pinned memory belongs to a device
+                torch.cuda.set_device(device)
+
+        self._load = load
+        self._pool = ThreadPoolExecutor(1, initializer=set_up)
+        self._next: tuple[Any, Future] | None = None
+        self.seconds_waited = 0.0
+
+    def take(self, key: Any, following: Any) -> Tensor:
+        """The tensor of `key`, and a start with `following`'s."""
+        started = time.perf_counter()
+        ready = self._next[1] if self._next and self._next[0] == key else self._pool.submit(self._load, key)
+        value = ready.result()
+        self.seconds_waited += time.perf_counter() - started
+        self._next = following, self._pool.submit(self._load, following)
+        return value
 
 
 def check_batch(settings: Settings, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Tokenized text on disk, and the batches a run takes from it."""
 
+import bisect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,20 +17,23 @@ from training.settings import ROOT
 from training.tokenizers import GPT2, TOKENIZERS
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
+PIECE_TOKENS = 2**24
+SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024  # llm.c's .bin files begin with 256 int32: magic, version, tokens, …
 
 
 @dataclass(frozen=True)
 class TokenData:
     """A folder with train.bin and val.bin, raw little-endian uint16 tokens, and what its meta.json says of them.
 
-    A batch is a pair (x, y) of int64 tensors (sequences, block_size): y is x one token later.
+    Its sequences are rows, int16 tensors (sequences, block_size + 1) whose bits are those of the uint16 tokens; `pairs`
+    makes inputs and targets of them.
     """
 
     folder: Path
     tokenizer: str
     vocab_size: int
-    train: np.ndarray
-    val: np.ndarray
+    train: "Tokens"
+    val: "Tokens"
     block_size: int
     checksum: dict[str, str] | None  # of its files, as meta.json has it; None where it is not known
     has_meta: bool
@@ -39,13 +43,13 @@ class TokenData:
         """Rounded up to a multiple of 64, which matrix units like: 50257 becomes 50304."""
         return -(-self.vocab_size // 64) * 64
 
-    def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> Tensor:
         """Sequences `start` to `stop` of the `batch_size` of step `step`, a function of (seed, step) alone: each begins
         anywhere in the training split with equal probability.
         """
         random = np.random.default_rng(randomness.stream(seed, randomness.DATA, step))
         starts = random.integers(0, len(self.train) - self.block_size, size=batch_size)
-        return self._rows(self.train, starts[start:stop], "train.bin")
+        return self._rows(self.train, starts[start:stop])
 
     def val_blocks(self, sequences: int) -> np.ndarray:
         """Where the blocks of the validation split begin that an evaluation takes: `sequences` of them evenly spread,
@@ -55,28 +59,64 @@ class TokenData:
         count = min(sequences, blocks) or blocks
         return np.arange(count) * blocks // count * self.block_size
 
-    def val_rows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self._rows(self.val, starts, "val.bin")
+    def val_rows(self, starts: np.ndarray) -> Tensor:
+        return self._rows(self.val, starts)
 
-    def _rows(self, tokens: np.ndarray, starts: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
-        rows = tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (sequences, T + 1)
-        check_range(rows, self.vocab_size, self.folder / name)
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def _rows(self, tokens: "Tokens", starts: np.ndarray) -> Tensor:
+        rows = tokens.rows(starts, self.block_size + 1)
+        check_range(rows, self.vocab_size, tokens.name)
+        return torch.from_numpy(rows.view(np.int16))  # torch has few operations for uint16
 
 
-def check_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64 tensors (sequences, block_size), of a TokenData's rows; targets are one token later."""
+    rows = rows.to(torch.int64) & 0xFFFF
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class Tokens:
+    """The tokens of a split: a file, or several read as one stream. `name` is for messages."""
+
+    def __init__(self, files: list[np.ndarray], name: str):
+        self.files, self.name = files, name
+        self.ends = np.cumsum([len(file) for file in files]).tolist()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each of `starts`, uint16 (len(starts), length)."""
+        rows = np.empty((len(starts), length), np.uint16)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            filled = 0
+            number = bisect.bisect_right(self.ends, start)
+            while filled < length:
+                offset = start + filled - (self.ends[number] - len(self.files[number]))
+                piece = self.files[number][offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                number += 1
+        return rows
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All the tokens, up to PIECE_TOKENS at a time."""
+        for file in self.files:
+            for first, last in chunks(0, len(file), PIECE_TOKENS):
+                yield file[first:last]
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, name: str) -> None:
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
         raise RankError(
-            f"{path} has the token id {largest}, beyond the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            f"{name} has the token id {largest}, beyond the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
         )
 
 
 def data_folder(dataset: str) -> Path:
     """The folder that a `dataset` setting names; UserError where there is no data set."""
     folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
-    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
+    missing = [f"{split}.bin" for split in ("train", "val") if not split_files(folder, split)]
     if missing:
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
         if folder.name in known:
@@ -87,24 +127,51 @@ def data_folder(dataset: str) -> Path:
     return folder
 
 
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file of a split, train.bin say; without it, its shards in the order of their names, *train_*.bin."""
+    whole = folder / f"{split}.bin"
+    return [whole] if whole.is_file() else sorted(folder.glob(f"*{split}_*.bin"))
+
+
+def open_tokens(folder: Path, split: str) -> Tokens:
+    paths = split_files(folder, split)
+    return Tokens([open_file(path) for path in paths], str(paths[0] if len(paths) == 1 else folder / f"*{split}_*.bin"))
+
+
+def open_file(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if size % 2:
+        raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
+    if not size:
+        return np.empty(0, "<u2")
+    header = np.fromfile(path, dtype="<i4", count=3)
+    if header[0] != SHARD_MAGIC:
+        return np.memmap(path, dtype="<u2", mode="r")
+    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
+        raise UserError(f"{path} has {size} bytes, but its header tells of {header[2]} tokens: fetch it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
 def open_data(dataset: str, block_size: int) -> TokenData:
     """Open a data set, with every check that can be made before training on it."""
     folder = data_folder(dataset)
     meta = read_meta(folder)
     vocab_size = meta["vocab_size"]
     splits = {}
-    for name in ("train.bin", "val.bin"):
-        path = folder / name
-        if path.stat().st_size % 2:
-            raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
-        tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else np.empty(0, "<u2")
+    for split in ("train", "val"):
+        tokens = open_tokens(folder, split)
         if len(tokens) <= block_size:
             raise UserError(
-                f"{path} has {len(tokens)} tokens, fewer than one block of block_size + 1 = {block_size + 1};"
+                f"{tokens.name} has {len(tokens)} tokens, fewer than one block of block_size + 1 = {block_size + 1};"
                 f" prepare more data or lower block_size"
             )
-        check_range(tokens[:CHECKED_TOKENS], vocab_size, path)
-        splits[name.removesuffix(".bin")] = tokens
+        unchecked = CHECKED_TOKENS
+        for piece in tokens.pieces():
+            check_range(piece[:unchecked], vocab_size, tokens.name)
+            unchecked -= len(piece)
+            if unchecked <= 0:
+                break
+        splits[split] = tokens
     has_meta = (folder / "meta.json").exists()
     checksum = meta.get("checksum")
     return TokenData(

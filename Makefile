@@ -22,7 +22,7 @@ OUT := out/quickstart
 	touch $@
 
 data/stdlib/meta.json: data/stdlib/prepare.py .venv/quickstart
-	$(BIN)/python data/stdlib/prepare.py
+	$(BIN)/python data/stdlib/prepare.py --overwrite
 
 quickstart: .venv/quickstart data/stdlib/meta.json
 	rm -rf $(OUT)

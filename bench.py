@@ -45,7 +45,7 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds, whose median is taken (default 10)")
-    parser.add_argument("--sequences", type=int, help="sequences of a curvature pass (default micro_batch_size)")
+    parser.add_argument("--sequences", type=int, help="sequences of a pass, for batch_size (default micro_batch_size)")
     parser.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="what `tokenize` takes, as prepare.py does"
     )

@@ -23,7 +23,7 @@ def main() -> None:
     folder = data_folder(dataset if Path(dataset).name == dataset else f"{Path(dataset)}/")
     meta = read_meta(folder)
     tokenizer = TOKENIZERS[meta["tokenizer"]]
-    print(f"{folder}: {meta.get('source', 'no meta.json, so GPT-2 tokens of unknown source')}")
+    print(f"{folder}: {meta.get('source', 'of unknown source')}")
     print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} tokens in the vocabulary")
     for split in ("train", "val"):
         tokens = open_tokens(folder, split)
@@ -32,7 +32,7 @@ def main() -> None:
         print("  begins: " + repr(tokenizer.decode_bytes(tokens.rows(np.zeros(1, int), min(EXCERPT_TOKENS, len(tokens)))
               [0].tolist()).decode(errors="replace")))  # fmt: skip
         print_lengths(lengths)
-        expected = meta.get("checksum", {}).get(f"{split}.bin")
+        expected = (meta.get("checksum") or {}).get(f"{split}.bin")
         if expected not in (None, checksum) or meta.get(f"{split}_tokens", len(tokens)) != len(tokens):
             raise errors.UserError(f"{tokens.name} is not the file that meta.json describes: prepare it again")
         print("  checksum " + ("as in meta.json" if expected else f"{checksum}, not in meta.json"))

@@ -46,6 +46,12 @@ def test_a_shard_whose_header_counts_other_tokens_is_refused(dataset, tmp_path):
         open_data(f"{tmp_path}/shards", 16)
 
 
+def test_a_file_too_short_for_a_header_is_a_short_file(dataset, tmp_path):
+    write_shards(tmp_path / "shards", dataset)
+    (tmp_path / "shards/some_train_000001.bin").write_bytes(b"ab")
+    assert len(open_data(f"{tmp_path}/shards", 16).train) == 20_000 - 9_989 + 1
+
+
 def test_rows_cross_from_file_to_file():
     random = np.random.default_rng(0)
     parts = [random.integers(0, 2**16, size, dtype=np.uint16) for size in (5, 1, 40, 0, 3)]
@@ -72,6 +78,7 @@ def test_reading_ahead_changes_no_batch(dataset):
         x = torch.cat([x for x, _ in batches.train(step)])
         assert torch.equal(x, pairs(data.train_rows(s.seed, step, 8, 0, 8))[0])
         next(batches.train(step))  # a batch that is not read to its end
+    assert batches.seconds_waited > 0
 
 
 def test_what_is_wrong_ahead_is_told_when_it_is_needed():
@@ -85,4 +92,3 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
     assert ahead.take(2, 3) == 2
     with pytest.raises(RankError, match="bad token"):
         ahead.take(3, 4)
-    assert ahead.seconds_waited > 0

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import importlib.util
 import json
+import lzma
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import zstandard
 from conftest import write_dataset
 from kill_preparation import run_with_kills
 
@@ -45,7 +47,8 @@ def write_documents(path, texts=DOCUMENTS):
         datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
     else:
         lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
-        pack = {"bz2": bz2.compress, "gz": gzip.compress}.get(kind.split(".")[-1], bytes)
+        packers = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
+        pack = packers.get(kind.split(".")[-1], bytes)
         path.write_bytes(pack(lines.encode()))
     return path
 
@@ -63,7 +66,7 @@ def reference(encode, end_of_text, val_fraction=0.0005):
     }
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.bz2", "json.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.bz2", "json.gz", "jsonl.xz", "jsonl.zst", "parquet"])
 def test_openwebtext_equals_nanogpts_pipeline(openwebtext, vocabulary, call, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
     path = write_documents(tmp_path / f"documents.{kind}")
@@ -131,7 +134,7 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, 
     for _ in range(3):
         with pytest.raises(Interrupted):
             write_data_set(tmp_path / "out", disturbed, Bytes(), 2)
-        with pytest.raises(UserError, match="does not exist"):  # half of it is not taken for the whole
+        with pytest.raises(UserError, match="is not finished"):  # half of it is not taken for the whole
             open_data(f"{tmp_path}/out", 4)
         disturbed.source = source()
     write_data_set(tmp_path / "out", disturbed, Bytes(), 2)
@@ -150,7 +153,7 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, 
 SMALL = TextSource("a test", {"train": ["one", "two"], "val": ["three"]})
 
 
-def interrupt(folder, source=SMALL, failing="write_json"):
+def interrupt(folder, source=SMALL, overwrite=False):
     """A folder whose preparation ended right before meta.json was written."""
     with pytest.MonkeyPatch.context() as patch:
 
@@ -161,7 +164,9 @@ def interrupt(folder, source=SMALL, failing="write_json"):
 
         patch.setattr(preparation, "write_json", write_json)
         with pytest.raises(Interrupted):
-            write_data_set(folder, source, Bytes(), 1)
+            write_data_set(folder, source, Bytes(), 1, overwrite)
+    with pytest.raises(UserError, match="is not finished"):
+        open_data(f"{folder}/", 2)
 
 
 def test_what_is_wanting_after_the_tokens_is_made_up_for(tmp_path, capsys):
@@ -202,6 +207,27 @@ def test_another_data_set_is_replaced_only_when_told_to(tmp_path):
     assert made(tmp_path)["val"] == [*b"three\0"]
 
 
+def test_tokens_of_another_preparation_are_never_taken_for_its_own(tmp_path):
+    """A is noted and killed, B is killed before its first note, A goes on: it must not keep B's bytes."""
+    interrupt(tmp_path)
+
+    class Other:
+        name, identity, size = "another", 2, None
+
+        def chunks(self, position):
+            for number in range(9):
+                yield Chunk({split: lambda: ["xxx", "yyy"] for split in ("train", "val")}, number, 1)
+            raise Interrupted
+
+    with pytest.raises(UserError, match="another data set"):
+        write_data_set(tmp_path, Other(), Bytes(), 1)
+    with pytest.raises(Interrupted):
+        write_data_set(tmp_path, Other(), Bytes(), 1, overwrite=True)
+    assert (tmp_path / "train.bin.tmp").stat().st_size > 2 * len(b"one0two0")
+    write_data_set(tmp_path, SMALL, Bytes(), 1, overwrite=True)
+    assert made(tmp_path) == {"train": [*b"one\0two\0"], "val": [*b"three\0"]}
+
+
 def test_two_at_once_are_refused(tmp_path):
     class Reentrant(TextSource):
         def chunks(self, position):
@@ -226,10 +252,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
     written = []
 
-    class Counting(Bytes):
-        def encode_documents(self, texts):
-            return super().encode_documents(texts)
-
     class Writer(preparation.Writer):
         def _tokenized(self, workers):
             for item in super()._tokenized(workers):
@@ -238,7 +260,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "Writer", Writer)
-        write_data_set(tmp_path, Endless(), Counting(), 3)
+        write_data_set(tmp_path, Endless(), Bytes(), 3)
     assert len(written) == made_up
     assert max(open_chunks) <= 5
 
@@ -246,8 +268,25 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
     texts = [f"{text} {i}" * 40 for i, text in enumerate(DOCUMENTS * 4)]
     path = write_documents(tmp_path / "documents.jsonl", texts)
-    summary = run_with_kills(["--data-files", str(path), "--tokenizer=bytes"], 4, tmp_path, seed=1)
-    assert "all bytes identical" in summary
+    runs, resumed = run_with_kills(["--data-files", str(path), "--tokenizer=bytes"], 6, tmp_path)
+    assert runs > 0
+    assert resumed > 0
+
+
+def test_names_of_files_are_no_patterns(openwebtext, call, tmp_path):
+    for name in ("a*.jsonl", "ab.jsonl", "g[1].jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(3)))
+    for name in ("a*.jsonl", "g[1].jsonl"):
+        out = tmp_path / f"out{name}"
+        call(openwebtext, "--tokenizer=bytes", "--data-files", tmp_path / name, "--out-dir", out)
+        tokens = made(out)
+        texts = bytes(tokens["train"] + tokens["val"]).decode().split("\0")[:-1]
+        assert sorted(texts) == [f"{name} {i}" for i in range(3)]
+
+
+def test_a_document_that_tiktoken_cannot_encode_is_named(vocabulary):
+    with pytest.raises(UserError, match="tiktoken cannot encode the document that begins 'x  "):
+        TOKENIZERS["gpt2"].encode_documents(["x" + " " * 2_000_000 + "x"])
 
 
 def test_text_files_are_a_document_each(openwebtext, call, tmp_path):
@@ -291,14 +330,24 @@ def test_bad_text_is_refused_in_one_line(openwebtext, call, refused, tmp_path, s
     none = complaint("null.jsonl", b'{"text": "x"}\n{"text": null}\n')
     number = complaint("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n')
     single = complaint("single.jsonl", b'{"text": "x"}\n')
+    nested = complaint("nested.jsonl", b'{"text": {"a": 1}}\n{"text": {"a": 2}}\n')
+    assert "nested.jsonl" in nested
+    assert "bad.jsonl.xz cannot be read" in complaint("bad.jsonl.xz", lzma.compress(b"{}")[:-9] + b"123456789")
+    assert "bomb.jsonl" in complaint("bomb.jsonl", b'{"text": ' + b"[" * 2_000 + b"]" * 2_000 + b"}")
+    hollow = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(100_000)))
+    assert "hollow.jsonl.gz cannot be read" in complaint("hollow.jsonl.gz", hollow[:5000] + bytes(9) + hollow[5009:])
     if streaming:
         assert "document 1 has no text, but None" in none
         assert "document 0 has no text, but 1" in number
         assert "no document of single.jsonl falls to val" in single
+        assert "document 0 has no text" in nested
     else:
         assert "1 of the 2 documents have no text" in none
         assert "the column 'text' holds int64, not text" in number
         assert "1 documents cannot be split" in single
+        assert "not text" in nested
+        most = complaint("three.jsonl", b'{"text": "x"}\n' * 3, "--val-fraction=0.9")
+        assert "3 documents cannot be split, 0.9 of them for val: name more" in most
     assert not list((tmp_path / "out").glob("*.bin"))
     assert not (tmp_path / "out/meta.json").exists()
 
@@ -324,7 +373,7 @@ def test_a_missing_network_says_what_to_do(script, call, refused, tmp_path, monk
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     tokenizer = [] if script == "shakespeare_char" else ["--tokenizer=bytes"]
     line = refused(lambda: call(load_script(script), "--out-dir", tmp_path / "out", *tokenizer))
@@ -336,11 +385,18 @@ def test_a_missing_network_says_what_to_do(script, call, refused, tmp_path, monk
 def test_recipes_name_their_source(call, monkeypatch, tmp_path):
     asked = []
 
-    def load_dataset(**arguments):
-        asked.append(arguments)
-        return datasets.Dataset.from_dict({"text": DOCUMENTS})
+    class Builder:
+        hash = "1"
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def __init__(self, **arguments):
+            asked.append(arguments)
+
+        def download_and_prepare(self): ...
+
+        def as_dataset(self, split):
+            return datasets.Dataset.from_dict({"text": DOCUMENTS})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     for i, (script, *options) in enumerate(
         [("fineweb_edu",), ("openwebtext",), ("openwebtext", "--source=some/other", "--config=en")]
     ):
@@ -386,7 +442,9 @@ def test_a_full_disk_keeps_what_is_done(tmp_path):
     assert "the same command goes on" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr
     assert not list((tmp_path / "out").glob("*.bin"))
-    assert run().returncode == 0
+    finished = run()
+    assert finished.returncode == 0
+    assert "going on after" in finished.stdout
     assert sum(map(len, made(tmp_path / "out").values())) == sum(len(text.encode()) + 1 for text in texts)
 
 

@@ -26,11 +26,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         self._ahead = Ahead(self._load, self.machine.device)
-
-    @property
-    def seconds_waited(self) -> float:
-        """For training data to be read, so far."""
-        return self._ahead.seconds_waited
+        self.seconds_waited = 0.0  # for sequences to train on and to estimate curvature from, so far
 
     @property
     def accumulation_steps(self) -> int:
@@ -43,7 +39,10 @@ class Batches:
         parts = list(chunks(start, stop, self.settings.micro_batch_size))
         upcoming = [*((step, part) for part in parts[1:]), (step + 1, parts[0])]
         for part, following in zip(parts, upcoming, strict=True):
-            yield self._on_device(self._ahead.take((step, part), following))
+            started = time.perf_counter()
+            rows = self._ahead.take((step, part), following)
+            self.seconds_waited += time.perf_counter() - started
+            yield self._on_device(rows)
 
     def curvature(
         self, step: int, size: int, group: int = 1
@@ -77,7 +76,10 @@ class Batches:
         return torch.rand(shape, generator=generator).to(self.machine.device)
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        return self._on_device(self._load((step, (first, last))))
+        started = time.perf_counter()
+        rows = self._load((step, (first, last)))
+        self.seconds_waited += time.perf_counter() - started
+        return self._on_device(rows)
 
     def _load(self, key: tuple[int, tuple[int, int]]) -> Tensor:
         step, (first, last) = key
@@ -100,14 +102,11 @@ class Ahead:
         self._load = load
         self._pool = ThreadPoolExecutor(1, initializer=set_up)
         self._next: tuple[Any, Future] | None = None
-        self.seconds_waited = 0.0
 
     def take(self, key: Any, following: Any) -> Tensor:
         """The tensor of `key`, and a start with `following`'s."""
-        started = time.perf_counter()
         ready = self._next[1] if self._next and self._next[0] == key else self._pool.submit(self._load, key)
         value = ready.result()
-        self.seconds_waited += time.perf_counter() - started
         self._next = following, self._pool.submit(self._load, following)
         return value
 

@@ -18,6 +18,7 @@ from training.tokenizers import GPT2, TOKENIZERS
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24
+PROGRESS = "progress.json"  # in a folder whose data set is being prepared
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024  # llm.c's .bin files begin with 256 int32: magic, version, tokens, …
 
 
@@ -116,6 +117,8 @@ def check_range(tokens: np.ndarray, vocab_size: int, name: str) -> None:
 def data_folder(dataset: str) -> Path:
     """The folder that a `dataset` setting names; UserError where there is no data set."""
     folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
+    if (folder / PROGRESS).exists() and not (folder / "meta.json").exists():
+        raise UserError(f"data set {dataset!r} is not finished: start the command that was preparing {folder} again")
     missing = [f"{split}.bin" for split in ("train", "val") if not split_files(folder, split)]
     if missing:
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
@@ -145,7 +148,7 @@ def open_file(path: Path) -> np.ndarray:
     if not size:
         return np.empty(0, "<u2")
     header = np.fromfile(path, dtype="<i4", count=3)
-    if header[0] != SHARD_MAGIC:
+    if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
         return np.memmap(path, dtype="<u2", mode="r")
     if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
         raise UserError(f"{path} has {size} bytes, but its header tells of {header[2]} tokens: fetch it again")

@@ -1,9 +1,13 @@
 """Documents of the Hugging Face hub or of local files, and the command line that makes a data set of them."""
 
+import glob
 import hashlib
 import logging
+import lzma
+import math
 import os
 import pickle
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +56,8 @@ def prepare(description: str | None, name: str, source: str, config: str | None 
         options.config = config
     tokenizer = TOKENIZERS[options.tokenizer]
     tokenizer.encode("")  # a vocabulary is missing, or downloaded, before anything else is
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it has to say is in its exceptions
+    for library in ("datasets", "huggingface_hub"):  # what they have to say is in their exceptions
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     documents = open_documents(
         options.source, options.config, options.data_files, options.streaming, options.text_column, options.val_fraction
     )
@@ -72,24 +77,34 @@ def open_documents(
         kinds = {kind_of(path) for path in files}
         if len(kinds) > 1:
             raise UserError(f"--data-files are of several formats ({', '.join(sorted(kinds))}): name one kind")
-        arguments = {"path": kinds.pop(), "data_files": [str(path) for path in files]}
+        arguments = {"path": kinds.pop(), "data_files": [glob.escape(str(path.resolve())) for path in files]}
         if arguments["path"] == "text":
             arguments["sample_by"] = "document"
-    name = ", ".join(path.name for path in files) if files else source
+    name = source
+    if files:
+        more = [f"{len(files) - 3} more"] if len(files) > 3 else []
+        name = ", ".join([path.name for path in files[:3]] + more)
     with reading(name, files):
-        documents = datasets.load_dataset(**arguments, split="train", streaming=streaming)
+        builder = datasets.load_dataset_builder(**arguments)
+        if streaming:
+            documents = builder.as_streaming_dataset(split="train")
+        else:
+            builder.download_and_prepare()
+            documents = builder.as_dataset(split="train")
         columns = documents.column_names or list(next(iter(documents)))
     if column not in columns:
         raise UserError(f"{name} has no column {column!r}, but {', '.join(columns)}: choose with --text-column")
-    identity = [name, config, column, val_fraction, streaming]
+    identity = [name, config, builder.hash, column, val_fraction, streaming, CHUNK_BYTES]  # hash: the hub's commit
     identity += [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
     if streaming:
         return Stream(documents, column, val_fraction, name, identity, files)
     return Table(documents, column, val_fraction, name, [*identity, len(documents)], files)
 
 
-# StopIteration: `datasets` finds no first document
-READING_ERRORS = (OSError, EOFError, ValueError, StopIteration, datasets.exceptions.DatasetsError, pa.ArrowException)
+READING_ERRORS = (
+    *(OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError),
+    *(StopIteration, datasets.exceptions.DatasetsError, pa.ArrowException),  # StopIteration: no first document
+)
 
 
 class reading:
@@ -114,7 +129,7 @@ class reading:
         if self.files:
             raise UserError(f"{self.name} cannot be read: {what}") from None
         raise UserError(
-            f"{self.name} could not be had from the hub: {what}; connect to the network, or use --data-files"
+            f"{self.name} could not be had from the hub: {what}; without a network, use --data-files"
         ) from None
 
 
@@ -134,13 +149,14 @@ class Table:
     ):
         self.name, self.identity, self.column, self.files = name, identity, column, files
         count = len(documents)
-        if documents.features[column].dtype not in ("string", "large_string"):
-            raise UserError(f"{name}: the column {column!r} holds {documents.features[column].dtype}, not text")
+        kind = getattr(documents.features[column], "dtype", documents.features[column])
+        if kind not in ("string", "large_string"):
+            raise UserError(f"{name}: the column {column!r} holds {str(kind)[:60]}, not text")
         texts = documents.data.column(column)
         if texts.null_count:
             raise UserError(f"{name}: {texts.null_count} of the {count} documents have no text")
-        if count < 2:
-            raise UserError(f"{name}: {count} documents cannot be split into train and val; name more text")
+        if count < 2 or math.ceil(val_fraction * count) == count:
+            raise UserError(f"{name}: {count} documents cannot be split, {val_fraction} of them for val: name more")
         numbered = datasets.Dataset.from_dict({"row": np.arange(count)}).with_format("numpy")
         parts = numbered.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
         self.lengths = pc.binary_length(texts).to_numpy()  # of each document, in bytes
@@ -156,7 +172,8 @@ class Table:
         for number in range(position or 0, len(self.parts)):
             if number % CHUNKS_BETWEEN_OPENINGS == 0 and self.documents.cache_files:
                 # Pages of a memory map count as the process's own until it is closed.
-                self.documents = pickle.loads(pickle.dumps(self.documents))
+                with reading(self.name, self.files):
+                    self.documents = pickle.loads(pickle.dumps(self.documents))
             split, rows = self.parts[number]
             yield Chunk({split: lambda rows=rows: self.texts(rows)}, number + 1, int(self.lengths[rows].sum()))
 

@@ -19,12 +19,12 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
+from training.data import PROGRESS
 from training.errors import UserError
 from training.files import flush, write_json
 from training.tokenizers import Tokenizer
 
 SPLITS = ("train", "val")
-PROGRESS = "progress.json"
 LOCK = ".lock"
 TOKENS_BETWEEN_NOTES = 2**21  # of progress: after a kill, about so many tokens are made again
 
@@ -78,7 +78,7 @@ def write_data_set(out_dir: Path, source: Source, tokenizer: Tokenizer, workers:
         raise UserError(f"another process is preparing {out_dir}") from None
     except OSError as error:
         raise UserError(
-            f"cannot write to {out_dir}: {error.strerror}; the same command goes on from where it stopped"
+            f"cannot write to {out_dir}: {error.strerror or error}; when that is mended, the same command goes on"
         ) from None
 
 
@@ -87,12 +87,14 @@ def is_whole(out_dir: Path, job: str, overwrite: bool) -> bool:
     meta = read_json(out_dir / "meta.json")
     if meta.get("job") == job and all((out_dir / f"{split}.bin").is_file() for split in SPLITS):
         print(f"{out_dir} is complete")
+        (out_dir / PROGRESS).unlink(missing_ok=True)
         return True
     if read_json(out_dir / PROGRESS).get("job") == job:
         return False
-    there = [name for name in ("meta.json", "train.bin", "val.bin") if (out_dir / name).exists()]
+    there = [name for name in ("meta.json", "train.bin", "val.bin", PROGRESS) if (out_dir / name).exists()]
     if there and not overwrite:
-        raise UserError(f"{out_dir} holds another data set ({there[0]}): take another --out-dir, or add --overwrite")
+        what = "an unfinished data set of another kind" if there == [PROGRESS] else "another data set"
+        raise UserError(f"{out_dir} holds {what} ({there[0]}): take another --out-dir, or add --overwrite")
     for name in there:
         (out_dir / name).unlink()
     return False
@@ -113,6 +115,8 @@ class Writer:
             self._write_tokens(workers)
         empty = [split for split in SPLITS if not self.tokens[split]]
         if empty:
+            for name in (PROGRESS, *(f"{split}.bin.tmp" for split in SPLITS)):
+                (self.out_dir / name).unlink()
             raise UserError(f"no document of {self.source.name} falls to {empty[0]}: more text, or another fraction")
         meta = {
             "tokenizer": self.tokenizer.name,
@@ -141,14 +145,23 @@ class Writer:
 
     def _read_progress(self) -> None:
         progress = read_json(self.out_dir / PROGRESS)
-        if progress.get("job") == self.job and all(
-            2 * count <= size_of(self._scratch(split), self.out_dir / f"{split}.bin")
-            for split, count in progress["tokens"].items()
+        if progress.get("job") != self.job or not all(
+            2 * count <= self._size(split, progress["all_written"]) for split, count in progress["tokens"].items()
         ):
+            # What is there now must not be taken for this job's after a kill.
+            for name in (PROGRESS, "train.bin", "val.bin"):
+                (self.out_dir / name).unlink(missing_ok=True)
+            flush(self.out_dir)
+        else:
             self.position, self.text_bytes = progress["position"], progress["text_bytes"]
             self.tokens, self.all_written = progress["tokens"], progress["all_written"]
             self.noted = sum(self.tokens.values())
             print(f"going on after {self.noted:,} tokens")
+
+    def _size(self, split: str, all_written: bool) -> int:
+        """Bytes of the tokens of a split; with `all_written` their file may have its name already."""
+        paths = [self._scratch(split), *([self.out_dir / f"{split}.bin"] if all_written else [])]
+        return next((path.stat().st_size for path in paths if path.exists()), 0)
 
     def _note_progress(self, files: dict[str, BinaryIO], all_written: bool) -> None:
         for file in files.values():
@@ -201,11 +214,6 @@ class Writer:
                 yield done, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def size_of(*paths: Path) -> int:
-    """Bytes of the first of some files that exists; 0 where none does."""
-    return next((path.stat().st_size for path in paths if path.exists()), 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

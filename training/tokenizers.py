@@ -56,9 +56,15 @@ class GPT2:
         """The tokens of all texts, an end of text after each, as uint16. Other threads run while it works."""
         end = np.array([self.end_of_text], dtype=np.uint32)
         # without special tokens this is encode_ordinary, but for the list of Python's integers
-        pieces = (self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
+        pieces = map(self._encode_to_numpy, texts)
         parts = [part for piece in pieces for part in (piece, end)]
         return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
+
+    def _encode_to_numpy(self, text: str) -> np.ndarray:
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # a run of a million blanks is too much for tiktoken's regular expression
+            raise UserError(f"tiktoken cannot encode the document that begins {text[:40]!r}: {error}") from None
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         known = [token for token in tokens if token < self.vocab_size]  # a padded vocabulary has ids without a text

@@ -7,8 +7,8 @@ Tokens are bytes (of this text the same as characters), and a zero byte ends eac
 but losses compare.
 """
 
+import http.client
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -25,21 +25,22 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("--file", type=Path, help="a text file instead of the download")
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent, help="where to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace another data set in --out-dir")
     options = parser.parse_args()
     try:
         data = options.file.read_bytes() if options.file else urllib.request.urlopen(URL, timeout=60).read()
         text = data.decode("utf-8")
-    except urllib.error.URLError as error:
-        raise errors.UserError(f"{URL} could not be downloaded ({error.reason}): use --file with a copy") from None
-    except OSError as error:
-        raise errors.UserError(f"--file: {options.file}: {error.strerror}") from None
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        if options.file:
+            raise errors.UserError(f"--file: {options.file}: {error.strerror}") from None
+        raise errors.UserError(f"{URL} could not be downloaded ({error}): use --file with a copy") from None
     except UnicodeDecodeError:
         raise errors.UserError(f"--file: {options.file} is not text in UTF-8") from None
     cut = len(text) * 9 // 10
     if not cut:
         raise errors.UserError(f"--file: {options.file} is empty")
     source = TextSource("tiny Shakespeare", {"train": [text[:cut]], "val": [text[cut:]]})
-    write_data_set(options.out_dir, source, Bytes(), workers=1, overwrite=True)
+    write_data_set(options.out_dir, source, Bytes(), workers=1, overwrite=options.overwrite)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,15 @@ def documents() -> dict[str, str]:
 def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent, help="where to write")
-    out_dir = parser.parse_args().out_dir
+    parser.add_argument("--overwrite", action="store_true", help="replace another data set in --out-dir")
+    options = parser.parse_args()
 
     texts: dict[str, list[str]] = {"train": [], "val": []}
     for name, text in documents().items():
         split = "val" if hashlib.sha256(name.encode()).digest()[0] % 20 == 0 else "train"
         texts[split].append(text)
     source = TextSource(f"standard library of Python {platform.python_version()}", texts)
-    write_data_set(out_dir, source, Bytes(), workers=1, overwrite=True)
+    write_data_set(options.out_dir, source, Bytes(), workers=1, overwrite=options.overwrite)
 
 
 if __name__ == "__main__":

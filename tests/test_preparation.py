@@ -122,7 +122,7 @@ class Interrupting:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, streaming, kind):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(documents, "CHUNKS_BETWEEN_OPENINGS", 2)
+    monkeypatch.setattr(documents, "CHUNKS_BETWEEN_RELEASES", 2)
     monkeypatch.setattr(preparation, "TOKENS_BETWEEN_NOTES", 5000)
     path = write_documents(tmp_path / f"documents.{kind}")
 
@@ -134,7 +134,7 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, 
     for _ in range(3):
         with pytest.raises(Interrupted):
             write_data_set(tmp_path / "out", disturbed, Bytes(), 2)
-        with pytest.raises(UserError, match="is not finished"):  # half of it is not taken for the whole
+        with pytest.raises(UserError, match="is not finished|does not exist"):  # half of it is not taken for the whole
             open_data(f"{tmp_path}/out", 4)
         disturbed.source = source()
     write_data_set(tmp_path / "out", disturbed, Bytes(), 2)
@@ -262,7 +262,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         patch.setattr(preparation, "Writer", Writer)
         write_data_set(tmp_path, Endless(), Bytes(), 3)
     assert len(written) == made_up
-    assert max(open_chunks) <= 5
+    assert max(open_chunks) <= 4 * 3 + 1
 
 
 def test_sigkill_at_random_moments_changes_no_byte(tmp_path):

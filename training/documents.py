@@ -5,8 +5,8 @@ import hashlib
 import logging
 import lzma
 import math
+import mmap
 import os
-import pickle
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +25,8 @@ from training.tokenizers import TOKENIZERS
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = {".bz2", ".gz", ".xz", ".zst"}
 SPLIT_SEED = 2357  # nanoGPT's
-CHUNK_BYTES = 2**22  # of text, that one thread tokenizes at a time
-CHUNKS_BETWEEN_OPENINGS = 16
+CHUNK_BYTES = 2**20  # of text, that one thread tokenizes at a time
+CHUNKS_BETWEEN_RELEASES = 8
 
 
 def prepare(description: str | None, name: str, source: str, config: str | None = None, val_fraction=0.0005) -> None:
@@ -166,20 +166,36 @@ class Table:
             rows = part[:]["row"]
             before = np.cumsum(self.lengths[rows]) - self.lengths[rows]
             self.parts += [(split, some) for some in np.split(rows, np.flatnonzero(np.diff(before // CHUNK_BYTES)) + 1)]
-        self.documents = documents.with_format("arrow", columns=[column])
+        self.maps, self.batches = map_column(documents, column)
+        self.ends = np.cumsum([len(batch) for batch in self.batches])
 
     def chunks(self, position: Any) -> Iterator[Chunk]:
         for number in range(position or 0, len(self.parts)):
-            if number % CHUNKS_BETWEEN_OPENINGS == 0 and self.documents.cache_files:
-                # Pages of a memory map count as the process's own until it is closed.
-                with reading(self.name, self.files):
-                    self.documents = pickle.loads(pickle.dumps(self.documents))
+            if number % CHUNKS_BETWEEN_RELEASES == 0:
+                for mapped in self.maps:  # its pages count as the process's own until they are released
+                    mapped.madvise(mmap.MADV_DONTNEED)
             split, rows = self.parts[number]
             yield Chunk({split: lambda rows=rows: self.texts(rows)}, number + 1, int(self.lengths[rows].sum()))
 
     def texts(self, rows: np.ndarray) -> list[str]:
+        numbers = np.searchsorted(self.ends, rows, side="right")  # of the batches
         with reading(self.name, self.files):
-            return self.documents[rows][self.column].to_pylist()
+            return [
+                self.batches[number][row - self.ends[number]].as_py()  # counted from the batch's end
+                for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
+            ]
+
+
+def map_column(documents: datasets.Dataset, column: str) -> tuple[list[mmap.mmap], list[pa.Array]]:
+    """The batches of a column in order, and the memory maps they lie in (none for a table in memory)."""
+    if not documents.cache_files:
+        return [], documents.data.column(column).chunks
+    maps, batches = [], []
+    for cached in documents.cache_files:
+        with open(cached["filename"], "rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        batches += pa.ipc.open_stream(pa.py_buffer(maps[-1])).read_all().column(column).chunks
+    return maps, batches
 
 
 class Stream:

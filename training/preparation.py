@@ -206,7 +206,7 @@ class Writer:
         try:
             for chunk in self.source.chunks(self.position):
                 ahead.append((chunk, pool.submit(tokens_of, chunk)))
-                if len(ahead) > workers + 1:
+                if len(ahead) > 4 * workers:
                     done, future = ahead.popleft()
                     yield done, future.result()
             while ahead:

@@ -48,7 +48,7 @@ def test_a_shard_whose_header_counts_other_tokens_is_refused(dataset, tmp_path):
 
 def test_a_file_too_short_for_a_header_is_a_short_file(dataset, tmp_path):
     write_shards(tmp_path / "shards", dataset)
-    (tmp_path / "shards/some_train_000001.bin").write_bytes(b"ab")
+    (tmp_path / "shards/some_train_000001.bin").write_bytes(b"\x01\x00")
     assert len(open_data(f"{tmp_path}/shards", 16).train) == 20_000 - 9_989 + 1
 
 

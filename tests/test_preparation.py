@@ -130,7 +130,7 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, 
         return documents.open_documents("", None, [path], streaming, "text", 0.1)
 
     write_data_set(tmp_path / "whole", source(), Bytes(), 2)
-    disturbed = Interrupting(source(), 9, 20, 0)
+    disturbed = Interrupting(source(), 20, 30, 0)
     for _ in range(3):
         with pytest.raises(Interrupted):
             write_data_set(tmp_path / "out", disturbed, Bytes(), 2)

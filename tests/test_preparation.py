@@ -122,7 +122,6 @@ class Interrupting:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, monkeypatch, streaming, kind):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(documents, "CHUNKS_BETWEEN_RELEASES", 2)
     monkeypatch.setattr(preparation, "TOKENS_BETWEEN_NOTES", 5000)
     path = write_documents(tmp_path / f"documents.{kind}")
 
@@ -394,7 +393,8 @@ def test_recipes_name_their_source(call, monkeypatch, tmp_path):
         def download_and_prepare(self): ...
 
         def as_dataset(self, split):
-            return datasets.Dataset.from_dict({"text": DOCUMENTS})
+            datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "table")
+            return datasets.load_from_disk(tmp_path / "table")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     for i, (script, *options) in enumerate(

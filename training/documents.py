@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -26,7 +26,6 @@ FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parqu
 COMPRESSIONS = {".bz2", ".gz", ".xz", ".zst"}
 SPLIT_SEED = 2357  # nanoGPT's
 CHUNK_BYTES = 2**20  # of text, that one thread tokenizes at a time
-CHUNKS_BETWEEN_RELEASES = 8
 
 
 def prepare(description: str | None, name: str, source: str, config: str | None = None, val_fraction=0.0005) -> None:
@@ -166,36 +165,35 @@ class Table:
             rows = part[:]["row"]
             before = np.cumsum(self.lengths[rows]) - self.lengths[rows]
             self.parts += [(split, some) for some in np.split(rows, np.flatnonzero(np.diff(before // CHUNK_BYTES)) + 1)]
-        self.maps, self.batches = map_column(documents, column)
-        self.ends = np.cumsum([len(batch) for batch in self.batches])
+        self.opened, self.file, self.start = locate_texts(documents, column)
 
     def chunks(self, position: Any) -> Iterator[Chunk]:
         for number in range(position or 0, len(self.parts)):
-            if number % CHUNKS_BETWEEN_RELEASES == 0:
-                for mapped in self.maps:  # its pages count as the process's own until they are released
-                    mapped.madvise(mmap.MADV_DONTNEED)
             split, rows = self.parts[number]
             yield Chunk({split: lambda rows=rows: self.texts(rows)}, number + 1, int(self.lengths[rows].sum()))
 
     def texts(self, rows: np.ndarray) -> list[str]:
-        numbers = np.searchsorted(self.ends, rows, side="right")  # of the batches
+        places = zip(self.file[rows].tolist(), self.start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
         with reading(self.name, self.files):
-            return [
-                self.batches[number][row - self.ends[number]].as_py()  # counted from the batch's end
-                for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
-            ]
+            return [os.pread(self.opened[file].fileno(), size, start).decode() for file, start, size in places]
 
 
-def map_column(documents: datasets.Dataset, column: str) -> tuple[list[mmap.mmap], list[pa.Array]]:
-    """The batches of a column in order, and the memory maps they lie in (none for a table in memory)."""
-    if not documents.cache_files:
-        return [], documents.data.column(column).chunks
-    maps, batches = [], []
+def locate_texts(documents: datasets.Dataset, column: str) -> tuple[list[BinaryIO], np.ndarray, np.ndarray]:
+    """The Arrow files of a table, and for each of its texts the number of its file and the byte at which it begins.
+    (Texts that are read through a memory map instead, from all over a file, count as memory of the process.)
+    """
+    opened, numbers, starts = [], [], []
     for cached in documents.cache_files:
-        with open(cached["filename"], "rb") as file:
-            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        batches += pa.ipc.open_stream(pa.py_buffer(maps[-1])).read_all().column(column).chunks
-    return maps, batches
+        file = open(cached["filename"], "rb")  # noqa: SIM115  it stays open
+        whole = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for batch in pa.ipc.open_stream(whole).read_all().column(column).chunks:
+            _, offsets, texts = batch.buffers()
+            wide = np.int64 if pa.types.is_large_string(batch.type) else np.int32
+            inside = np.frombuffer(offsets, wide)[batch.offset : batch.offset + len(batch)]
+            starts.append(inside + (texts.address - whole.address if texts else 0))
+            numbers.append(np.full(len(batch), len(opened)))
+        opened.append(file)
+    return opened, np.concatenate(numbers), np.concatenate(starts)
 
 
 class Stream:

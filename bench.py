@@ -56,7 +56,7 @@ def main() -> None:
     sequences = read(arguments).micro_batch_size if options.sequences is None else options.sequences
     arguments.append(f"--batch_size={sequences}")
     s = read(arguments)
-    check_batch(s, world_size=1)
+    check_batch(s, ranks=1)
     here = machine.set_up(s)
     if options.benchmark == "tokenize":
         result = tokenize_benchmark(options.text or [], here, options.rounds)
@@ -221,7 +221,7 @@ def make_model(s: Settings, here: machine.Machine) -> GPT:
 def random_tokens(s: Settings) -> TokenData:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 100 * s.block_size + 1, dtype=np.uint16)
     stream = Tokens([tokens], "random tokens")
-    return TokenData(Path(), "gpt2", VOCAB_SIZE, stream, stream, s.block_size, None, True)
+    return TokenData(Path(), "gpt2", VOCAB_SIZE, stream, stream, s.block_size, True)
 
 
 def alternate(

@@ -29,6 +29,13 @@ class GPTConfig:
     bias: bool = False
     scale_attn_by_inverse_layer_idx: bool = False
 
+    @property
+    def parameters(self) -> int:
+        """The number of weights of such a model."""
+        E, biases = self.n_embd, self.bias
+        block = 12 * E * E + 2 * E + biases * (9 * E + 2 * E)  # four matrices and two norms
+        return (self.vocab_size + self.block_size) * E + self.n_layer * block + (1 + biases) * E
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int):

@@ -8,6 +8,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,45 +17,46 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, GPTConfig
-from training import checkpoints, errors, machine, settings, steps
+from training import checkpoints, errors, machine, optimizers, preemption, ranks, settings, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.data import TokenData, open_data
-from training.files import check_writable, write_json
-from training.metrics import FILE, Metrics, read_rows
-from training.optimizers import learning_rate, make_optimizer
+from training.metrics import Metrics
+from training.run_folder import RunFolder
 
 
 def main() -> None:
     # Everything that can be refused is refused before anything is allocated or written.
     s = settings.read(sys.argv[1:])
-    check_batch(s, machine.environment_ranks()[1])
+    rank, count = ranks.environment()
+    check_batch(s, count)
     data = open_data(s.dataset, s.block_size)
-    out_dir = Path(s.out_dir)
-    check_writable(out_dir)
-    resumed = checkpoints.newest(out_dir) if s.init_from == "resume" else None
-    if resumed and (out_dir / FILE).exists():
-        read_rows(out_dir / FILE)
-    if not resumed and not s.eval_only and checkpoints.folders(out_dir):
-        raise errors.UserError(
-            f"{out_dir} holds a run already: go on with --init_from=resume, or take another --out_dir"
-        )
-    here = machine.set_up(s)
+    with RunFolder(s) as folder:
+        resumed = folder.checkpoint() if rank == 0 else None
+        train(s, data, folder, resumed)
 
+
+def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: checkpoints.Checkpoint | None) -> None:
+    """The run, of which rank 0 alone reads and writes the folder; `resumed` is the checkpoint it found there."""
+    here = machine.set_up(s)
     torch.manual_seed(s.seed)
-    progress = resumed.progress if resumed else checkpoints.Progress(started_from=s.init_from)
+    resumed = here.ranks.share(resumed)
     model = initial_model(s, data, resumed)
     changes = checkpoints.check_same_run(resumed, model.config, s, data) if resumed else []
-    if resumed:
+    if resumed and here.ranks.is_main:
         resumed.load_model(model)
     model.to(here.device)
+    for parameter in model.parameters():
+        here.ranks.broadcast(parameter.detach())
     model.checkpoint_activations = s.checkpoint_activations
-    optimizer = make_optimizer(model, s, here)
+    optimizer = optimizers.make_optimizer(model, s, here)
     if resumed:
-        resumed.load_optimizer(model, optimizer)
+        state = resumed.optimizer_state(model) if here.ranks.is_main else None
+        optimizers.load_state(model, optimizer, state, here.ranks, here.device)
+        del state
+    progress = resumed.progress if resumed else checkpoints.Progress(started_from=started_from(s))
     batches = Batches(data, s, here)
     compiled = torch.compile(model, dynamic=False) if here.compile else model
-    network = steps.data_parallel(compiled, here)
     curvature = Curvature(model, s, here, batches)
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
@@ -63,102 +65,130 @@ def main() -> None:
         here.note(f"validation loss {steps.validation_loss(compiled, batches):.4f} at step {progress.step}")
         return
     if progress.step >= s.max_iters:
-        here.note(f"the run in {out_dir} is complete; a larger max_iters would continue it")
+        here.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
         return
-    if here.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(out_dir / "settings.json", dataclasses.asdict(s))
-    with Metrics(out_dir, s, progress.step if resumed else -1, here.is_main) as metrics:
+    if here.ranks.is_main:
+        folder.begin(progress.step)
+    writer = checkpoints.Writer(folder.path, model, optimizer, s, data, here)
+    kept_steps = progress.step if resumed else -1
+    with Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics, preemption.Preemption() as signals:
 
         def evaluate() -> float:
             progress.val_loss = steps.validation_loss(compiled, batches)
             if not math.isfinite(progress.val_loss):
-                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, out_dir)
+                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, folder.path)
             if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
             return progress.val_loss
 
-        def save() -> None:
-            if here.is_main:
-                checkpoints.save(out_dir, model, optimizer, progress, s, data)
-
         if not resumed:
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate()})
-            save()
+            writer.begin(progress)
 
         tokens_per_step = s.batch_size * s.block_size
-        recent = []  # (loss, gradient norm), on the device, of the steps since the last row
+        recent = []  # (loss, gradient norm) of this rank and gradient norm, on the device, since the last row
+        stopping = False
         started, waited = time.perf_counter(), batches.seconds_waited
         for step in range(progress.step + 1, s.max_iters + 1):
-            lr = learning_rate(s, step)
+            lr = optimizers.learning_rate(s, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if curvature.is_due(step):
-                optimizer.update_hessian(curvature.estimate(step, params))
-            loss = steps.accumulate_gradients(network, batches, step)
+                estimate = curvature.estimate(step, params)
+                writer.wait_for_copies()
+                optimizers.update_hessian(optimizer, params, estimate)
+                del estimate
+            part = steps.accumulate_gradients(compiled, batches, step)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
-            optimizer.step()
+            writer.wait_for_copies()
+            with here.ranks.exchanging():
+                optimizer.step()
             optimizer.zero_grad()
-            recent.append(torch.stack((loss, grad_norm)))
+            recent.append(torch.cat((part, grad_norm.view(1))))
 
+            stopping = here.ranks.any(signals.asked is not None)
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
-            if step % s.log_interval and not evaluating:
+            logging = step % s.log_interval == 0 or evaluating
+            if not (logging or stopping):
                 continue
             # The one place where the host waits for the device.
-            window = torch.stack(recent)
-            here.sum_over_ranks([window])
-            window = (window / here.world_size).tolist()
+            parts = here.ranks.gather(torch.stack(recent)).cpu()  # (ranks, steps, 3)
             recent.clear()
-            for earlier, (value, norm) in enumerate(window, start=step - len(window) + 1):
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    raise divergence(f"the training loss is {value}, its gradient's norm {norm}", earlier, out_dir)
+            window = torch.stack((parts[:, :, 0].sum(0), parts[0, :, 2]), dim=1).tolist()
+            for earlier, (loss, norm) in enumerate(window):
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    what = f"the training loss is {loss}, its gradient's norm {norm}{culprits(parts[:, earlier], here)}"
+                    raise divergence(what, step - len(window) + 1 + earlier, folder.path)
             seconds = time.perf_counter() - started
             speed = len(window) * tokens_per_step / seconds
             peak = here.peak_flops()
             progress.step = step
             progress.seconds += seconds
             progress.clipped_steps += sum(norm > s.grad_clip > 0 for _, norm in window)
-            metrics.write(
-                {
-                    "step": step,
-                    "tokens": step * tokens_per_step,
-                    "seconds": progress.seconds,
-                    "lr": lr,
-                    "train/loss": window[-1][0],
-                    "val/loss": evaluate() if evaluating else None,
-                    "grad_norm": window[-1][1],
-                    "clip_rate": progress.clipped_steps / step,
-                    "win_rate": optimizer.unclipped_fraction() if s.optimizer.startswith("sophia") else None,
-                    "tokens_per_second": speed,
-                    "data_wait": (batches.seconds_waited - waited) / seconds,
-                    "mfu": speed * model.flops_per_token() / (peak * here.world_size) if peak else None,
-                }
-            )
-            if evaluating:
-                save()
+            sophia = s.optimizer.startswith("sophia")
+            if logging:
+                metrics.write(
+                    {
+                        "step": step,
+                        "tokens": step * tokens_per_step,
+                        "seconds": progress.seconds,
+                        "lr": lr,
+                        "train/loss": window[-1][0],
+                        "val/loss": evaluate() if evaluating else None,
+                        "grad_norm": window[-1][1],
+                        "clip_rate": progress.clipped_steps / step,
+                        "win_rate": optimizers.unclipped_fraction(optimizer, here.ranks) if sophia else None,
+                        "tokens_per_second": speed,
+                        "data_wait": (batches.seconds_waited - waited) / seconds,
+                        "mfu": speed * model.flops_per_token() / (peak * here.ranks.count) if peak else None,
+                    }
+                )
+            if evaluating or stopping:
+                writer.begin(progress)
+            if stopping:
+                break
             started, waited = time.perf_counter(), batches.seconds_waited
+
+        writer.finish()
+        if here.ranks.any(writer.complaint is not None):  # the others wait here for rank 0 to have written
+            raise errors.MachineError(f"{writer.complaint}; {checkpoints.last_kept(folder.path)}")
+        if stopping:
+            here.note(
+                f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose checkpoint"
+                f" is written; the same command with --init_from=auto goes on"
+            )
+            sys.exit(preemption.EXIT_CODE)
 
 
 def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:
     """A model of the shape that the settings ask for, or with pretrained weights and their shape."""
-    started_from = resumed.progress.started_from if resumed else s.init_from
-    if started_from == "scratch":
+    if (resumed.progress.started_from if resumed else started_from(s)) == "scratch":
         names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
         config = GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(s, name) for name in names})
     elif resumed:
         config = dataclasses.replace(resumed.config, block_size=s.block_size, dropout=s.dropout)
     else:
         return pretrained_model(s, data)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * config.parameters > memory:
+        raise errors.UserError(
+            f"the model does not fit into memory: {config.parameters:.3g} weights of 4 bytes, but there are"
+            f" {memory / 1e9:.0f} GB; lower n_layer, n_embd or block_size"
+        )
     try:
         return GPT(config)
     except RuntimeError as error:
         raise errors.UserError(f"the model does not fit into memory: {str(error).splitlines()[0]}") from None
 
 
+def started_from(s: settings.Settings) -> str:
+    return "scratch" if s.init_from == "auto" else s.init_from
+
+
 def pretrained_model(s: settings.Settings, data: TokenData) -> GPT:
     if not s.init_from.startswith("gpt2") and not Path(s.init_from).is_dir():
         raise errors.UserError(
-            f"init_from = {s.init_from!r}: must be 'scratch', 'resume', a hub name 'gpt2*' or a folder with weights"
+            f"init_from = {s.init_from!r}: must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder"
         )
     try:
         model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
@@ -180,22 +210,28 @@ def describe(s, here, model, data, progress, changes) -> None:
     for change in changes:
         here.note(f"resuming with another setting: {change}")
     here.note(
-        f"{parameters / 1e6:.1f}M parameters on {here.world_size} x {here.device.type} in {str(here.dtype)[6:]},"
+        f"{parameters / 1e6:.1f}M parameters on {here.ranks.count} x {here.device.type} in {str(here.dtype)[6:]},"
         f" {s.optimizer}, {s.batch_size} x {s.block_size} tokens a step, steps {progress.step} to {s.max_iters}"
     )
 
 
+def culprits(parts: torch.Tensor, here: machine.Machine) -> str:
+    """The ranks whose own part (loss, gradient norm) of a step is not finite, where others' are."""
+    bad = (~parts[:, :2].isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if len(bad) in (0, here.ranks.count):
+        return ""
+    return f", because of {', '.join(map(here.ranks.name, bad))} alone: is that device in order?"
+
+
 def divergence(what: str, step: int, out_dir: Path) -> errors.Diverged:
-    found = checkpoints.folders(out_dir)
-    kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
     return errors.Diverged(
-        f"{what} at step {step}: stopped; {kept}; try a lower learning_rate or, with Sophia, a higher rho"
+        f"{what} at step {step}: stopped; {checkpoints.last_kept(out_dir)}; try a lower learning_rate or, with Sophia,"
+        f" a higher rho"
     )
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    errors.run(main)
+    # Not after a failure: with a rank lost, leaving in good order could wait for it for ever.
+    if dist.is_initialized():
+        dist.destroy_process_group()

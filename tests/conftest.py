@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import errors
+from training import checkpoints, errors
 from training.settings import ROOT
 from training.tokenizers import GPT2
 
@@ -44,6 +44,16 @@ def dataset(tmp_path_factory):
     return folder
 
 
+def listing(folder):
+    """What is in a folder, and since when; without the lock, which is held and let go."""
+    paths = [path for path in [folder, *folder.rglob("*")] if path.exists() and path.name != ".lock"]
+    return sorted((str(path), path.stat().st_mtime_ns) for path in paths)
+
+
+def last_checkpoint(out_dir):
+    return checkpoints.folders(out_dir)[-1]
+
+
 def arguments(**settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
@@ -77,6 +87,18 @@ def refused(capsys):
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def refuses(train, refused, tmp_path):
+    def run(complaint, *configs, **options):
+        out_dir = options.pop("out_dir", tmp_path / "out")
+        before = listing(out_dir)
+        line = refused(lambda: train(out_dir, *configs, **options))
+        assert complaint in line
+        assert listing(out_dir) == before
 
     return run
 

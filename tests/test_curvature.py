@@ -99,7 +99,7 @@ class SameSequences(Batches):
 
 def test_averaging_over_n_groups_divides_the_variance_by_n():
     tokens = np.random.default_rng(0).integers(0, 7, 5000, dtype=np.uint16)
-    data = TokenData(Path(), "bytes", 7, Tokens([tokens], ""), Tokens([tokens], ""), 16, None, True)
+    data = TokenData(Path(), "bytes", 7, Tokens([tokens], ""), Tokens([tokens], ""), 16, True)
     here = Machine(torch.device("cpu"), torch.float32, compile=False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 7, 1, 2, 4)).double()

@@ -92,7 +92,7 @@ def test_a_model_size_is_stated_once():
         ("--seed=" + "9" * 5000, "seed"),
         ("--learning_rate=1" + "0" * 400, "too large"),
         ("--n_layer={[]:1}", "must be a whole number"),
-        ("--backend=foo", "must be one of auto, nccl, gloo, mpi"),
+        ("--backend=foo", "must be one of auto, nccl, gloo"),
         ("missing.py", "config file missing.py: No such file"),
     ],
 )

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import OPTIMIZERS, TINY, arguments, same_weights, write_dataset
-from safetensors.torch import load_file, save_file
+from conftest import OPTIMIZERS, TINY, arguments, last_checkpoint, listing, same_weights, write_dataset
+from safetensors.torch import load_file
 
 import train as script
 from training import checkpoints
@@ -20,14 +20,6 @@ from training.optimizers import parameter_groups
 from training.settings import ROOT
 
 ALL = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
-
-def listing(folder):
-    return sorted((str(path), path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")] if path.exists())
-
-
-def last_checkpoint(out_dir):
-    return checkpoints.folders(out_dir)[-1]
 
 
 @ALL
@@ -110,7 +102,7 @@ def test_validation_covers_the_whole_split_in_fixed_blocks(train, tmp_path, data
     data = script.open_data(str(dataset), 16)
     torch.manual_seed(1337)
     model = script.GPT(script.GPTConfig(16, 256, 2, 2, 16))
-    val = torch.from_numpy(data.val.files[0].astype(np.int64))
+    val = torch.from_numpy(data.val.files[0][:].astype(np.int64))
     blocks = (len(val) - 1) // 16
     x, y = val[: blocks * 16].view(-1, 16), val[1 : blocks * 16 + 1].view(-1, 16)
     assert blocks % 8  # so that the last batch is filled up
@@ -244,15 +236,6 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(train, tmp_path
     assert [row["step"] for row in train(tmp_path, max_iters=2)] == [0, 1, 2]
 
 
-def test_a_deletion_that_was_interrupted_does_no_harm(train, tmp_path):
-    train(tmp_path, max_iters=10)
-    doomed = tmp_path / "checkpoints" / "step_00000005.tmp"
-    doomed.mkdir()
-    (doomed / "model.safetensors").write_bytes(b"half of it")
-    assert train(tmp_path, init_from="resume", max_iters=20)[-1]["step"] == 20
-    assert not doomed.exists()
-
-
 def test_a_complete_run_stays_as_it_is(train, tmp_path, capsys):
     train(tmp_path, max_iters=10)
     before = listing(tmp_path)
@@ -262,18 +245,6 @@ def test_a_complete_run_stays_as_it_is(train, tmp_path, capsys):
 
 
 # What it refuses. Nothing may be written.
-
-
-@pytest.fixture
-def refuses(train, refused, tmp_path):
-    def run(complaint, *configs, **options):
-        out_dir = options.pop("out_dir", tmp_path / "out")
-        before = listing(out_dir)
-        line = refused(lambda: train(out_dir, *configs, **options))
-        assert complaint in line
-        assert listing(out_dir) == before
-
-    return run
 
 
 def test_refuses_an_unknown_setting(refuses):
@@ -352,7 +323,7 @@ def test_refuses_to_resume_without_a_checkpoint(refuses):
 def test_refuses_a_checkpoint_of_another_architecture_or_optimizer(train, refuses, tmp_path):
     train(tmp_path / "run", max_iters=1)
     refuses("n_layer = 3, but the checkpoint", out_dir=tmp_path / "run", init_from="resume", n_layer=3)
-    refuses("was trained with adamw", out_dir=tmp_path / "run", init_from="resume", optimizer="lion")
+    refuses("was trained with 'adamw'", out_dir=tmp_path / "run", init_from="resume", optimizer="lion")
 
 
 def test_refuses_to_overwrite_a_run(train, refuses, tmp_path):
@@ -369,39 +340,13 @@ def test_refuses_an_out_dir_that_cannot_be_written(refuses, tmp_path):
 
 
 def test_refuses_another_data_set_or_broken_metrics_when_it_resumes(train, refuses, tmp_path):
-    for name in ("a", "b"):
-        write_dataset(tmp_path / name, range(200), range(100), checksum={"train.bin": name})
+    write_dataset(tmp_path / "a", range(200), range(100))
+    write_dataset(tmp_path / "b", range(200), range(1, 101))
     train(tmp_path / "run", max_iters=1, dataset=tmp_path / "a")
     again = {"out_dir": tmp_path / "run", "init_from": "resume", "max_iters": 2}
     refuses("is not the one that", dataset=tmp_path / "b", **again)
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\xfe\n{}\n{}\n")
     refuses("line 1: not a row of metrics", dataset=tmp_path / "a", **again)
-
-
-@pytest.mark.parametrize("damage", ["missing", "reshaped"])
-def test_refuses_a_damaged_optimizer_state(train, refuses, tmp_path, damage):
-    train(tmp_path / "run", max_iters=1)
-    path = last_checkpoint(tmp_path / "run") / "optimizer.safetensors"
-    state = load_file(path)
-    if damage == "missing":
-        state = {key: value for key, value in state.items() if not key.startswith("wte.weight")}
-    else:
-        state["wte.weight/exp_avg"] = state["wte.weight/exp_avg"][:5].clone()
-    save_file(state, path)
-    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume", max_iters=2)
-
-
-@pytest.mark.parametrize(
-    "change", [{"tokenizer": "zzz"}, {"model": {"n_layer": "x"}}, {"model": {"n_head": 0}}, {"progress": {"step": "x"}}]
-)
-def test_refuses_an_impossible_description(train, refuses, tmp_path, change):
-    train(tmp_path / "run", max_iters=1)
-    path = last_checkpoint(tmp_path / "run") / "state.json"
-    state = json.loads(path.read_text())
-    for key, value in change.items():
-        state[key] = state[key] | value if isinstance(value, dict) else value
-    path.write_text(json.dumps(state))
-    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume")
 
 
 def test_an_error_of_one_rank_is_said_by_that_rank(capsys, monkeypatch):
@@ -414,19 +359,6 @@ def test_an_error_of_one_rank_is_said_by_that_rank(capsys, monkeypatch):
             script.errors.run(lambda kind=kind: fail(kind))
         assert stop.value.code == 2
         assert capsys.readouterr().err == printed
-
-
-def test_refuses_damaged_checkpoints(train, refuses, tmp_path):
-    train(tmp_path / "run", max_iters=1)
-    folder = last_checkpoint(tmp_path / "run")
-    weights = load_file(folder / "model.safetensors")
-    del weights["ln_f.weight"]
-    save_file(weights, folder / "model.safetensors")
-    refuses("is damaged", out_dir=tmp_path / "run", init_from="resume")
-    (folder / "model.safetensors").write_bytes(b"nonsense")
-    refuses("cannot be read", out_dir=tmp_path / "run", init_from="resume")
-    (folder / "state.json").write_text("{}")
-    refuses("damaged", out_dir=tmp_path / "run", init_from="resume")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -443,7 +375,7 @@ def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     (tmp_path / "model.safetensors").write_bytes(b"x")
     refuses("is damaged", init_from=tmp_path)
-    refuses("init_from = 'scrach': must be 'scratch', 'resume', a hub name 'gpt2*' or a folder", init_from="scrach")
+    refuses("'scrach': must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder", init_from="scrach")
 
 
 def test_the_whole_program_ends_with_code_2_and_one_line(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training import randomness
-from training.data import TokenData, chunks, pairs, share
+from training.data import TokenData, chunks, pairs
 from training.machine import Machine
 from training.settings import Settings, require_multiple
 
@@ -31,11 +31,11 @@ class Batches:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one optimizer step on this rank."""
-        return self.settings.batch_size // (self.settings.micro_batch_size * self.machine.world_size)
+        return self.settings.batch_size // (self.settings.micro_batch_size * self.machine.ranks.count)
 
     def train(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of update `step`. Each is read while the device works on the one before."""
-        start, stop = share(self.settings.batch_size, self.machine.rank, self.machine.world_size)
+        start, stop = self._share(self.settings.batch_size)
         parts = list(chunks(start, stop, self.settings.micro_batch_size))
         upcoming = [*((step, part) for part in parts[1:]), (step + 1, parts[0])]
         for part, following in zip(parts, upcoming, strict=True):
@@ -50,7 +50,7 @@ class Batches:
         """This rank's part of the first hessian_batch_size sequences of update `step`, `size` at a time, as
         ((x, y), (first, last)) with the numbers of the sequences. Groups of `group` sequences stay on one rank.
         """
-        start, stop = share(self.settings.hessian_batch_size // group, self.machine.rank, self.machine.world_size)
+        start, stop = self._share(self.settings.hessian_batch_size // group)
         for first, last in chunks(start * group, stop * group, size):
             yield self._train_rows(step, first, last), (first, last)
 
@@ -60,7 +60,7 @@ class Batches:
         """
         size = self.settings.micro_batch_size
         starts = self.data.val_blocks(self.settings.eval_sequences)
-        start, stop = share(len(starts), self.machine.rank, self.machine.world_size)
+        start, stop = self._share(len(starts))
         for first, last in chunks(start, stop, size):
             x, y = self._on_device(self.data.val_rows(starts[first:last]))
             filler = size - (last - first)
@@ -74,6 +74,11 @@ class Batches:
         generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
         return torch.rand(shape, generator=generator).to(self.machine.device)
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """The consecutive part (start, stop) of `count` things that falls to this rank; parts differ by one at most."""
+        ranks = self.machine.ranks
+        return count * ranks.rank // ranks.count, count * (ranks.rank + 1) // ranks.count
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -111,16 +116,16 @@ class Ahead:
         return value
 
 
-def check_batch(settings: Settings, world_size: int) -> None:
+def check_batch(settings: Settings, ranks: int) -> None:
     """Refuse batches that cannot be divided as the settings ask; the message names values that would do."""
     s = settings
-    ranks = f" x {world_size} ranks" if world_size > 1 else ""
-    unit = s.micro_batch_size * world_size
+    unit = s.micro_batch_size * ranks
     if s.batch_size % unit:
-        fitting = [] if s.batch_size % world_size else divisors(s.batch_size // world_size)
+        fitting = [] if s.batch_size % ranks else divisors(s.batch_size // ranks)
         near = sorted(fitting, key=lambda size: abs(size - s.micro_batch_size))[:3]
         instead = f"; or micro_batch_size = {' or '.join(map(str, sorted(near)))}" if near else ""
-        require_multiple("batch_size", s.batch_size, unit, f"micro_batch_size {s.micro_batch_size}{ranks}", instead)
+        why = f"micro_batch_size {s.micro_batch_size}" + (f" x {ranks} ranks" if ranks > 1 else "")
+        require_multiple("batch_size", s.batch_size, unit, why, instead)
     if s.optimizer == "sophiag" and s.hessian_estimator == "averaged":
         require_multiple("hessian_batch_size", s.hessian_batch_size, s.hessian_group_size, "hessian_group_size")
 

@@ -3,12 +3,16 @@
 out_dir/checkpoints/step_00001000/model.safetensors       the weights
                                  /optimizer.safetensors   the optimizer's state, as <parameter>/<name of the state>
                                  /state.json              everything else
+                                 /SHA256SUMS              checksums of the three, as `sha256sum -c` reads them
 """
 
 import dataclasses
-import json
+import hashlib
 import re
 import shutil
+import threading
+import typing
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,17 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from training.data import TokenData
-from training.errors import UserError
-from training.files import flush, write_json
-from training.settings import Settings
+from training.errors import UserError, warn
+from training.files import flush, parse_object, read_small, write_json
+from training.machine import Machine
+from training.optimizers import gather_state, own_part, own_state
+from training.settings import Settings, shorten
 from training.tokenizers import TOKENIZERS
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+SUMS = "SHA256SUMS"
+HEADER_BYTES = 2**20  # more than a safetensors file has besides its tensors
 
 
 @dataclass
@@ -36,46 +45,120 @@ class Progress:
     step: int = 0  # completed updates
     seconds: float = 0.0  # of training so far
     clipped_steps: int = 0  # updates whose gradient was clipped
-    val_loss: float | None = None  # at this step
+    val_loss: float | None = None  # of the last evaluation
     best_val_loss: float | None = None
     best_step: int | None = None  # of the best validation loss
 
 
-def save(
-    out_dir: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings, data: TokenData
-) -> Path:
-    """Write the checkpoint of a step, then drop all but the newest `keep_checkpoints` and the best one."""
-    folder = out_dir / "checkpoints" / f"step_{progress.step:08d}"
+class Writer:
+    """Writes a run's checkpoints in a thread of rank 0, so that the loop waits for neither the copies nor the disk:
+
+        writer.begin(progress)     the weights and the optimizer's state are being copied; they must not change
+        …                          the next gradient needs them as they are
+        writer.wait_for_copies()   before the next update
+        …
+        writer.finish()            before the process ends
+
+    The copies, as large as weights and optimizer state together, stay in the host's memory from one checkpoint to the
+    next. An optimizer that is shared out over the ranks is gathered, and copied, within `begin`.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        data: TokenData,
+        machine: Machine,
+    ):
+        self.out_dir, self.model, self.optimizer, self.machine = out_dir, model, optimizer, machine
+        self.keep = settings.keep_checkpoints
+        self.description = {
+            "tokenizer": data.tokenizer,
+            "data": data.fingerprint(),
+            "model": dataclasses.asdict(model.config),
+            "settings": dataclasses.asdict(settings),
+        }
+        self.complaint: str | None = None  # why the last checkpoint could not be written
+        self._thread = ThreadPoolExecutor(1)
+        self._copied = threading.Event()
+        self._copied.set()
+        self._written: Future | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {name: {} for name in FILES[:2]}
+
+    def begin(self, progress: Progress) -> None:
+        """Start with the checkpoint of a step. Waits for the one before to be written."""
+        self.finish()
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state: dict[str, Tensor] = {}
+        if own_part(self.optimizer) is self.optimizer:
+            state = own_state(self.model, self.optimizer)
+        else:
+            for path, tensor in gather_state(self.model, self.optimizer, self.machine.ranks, self.machine.device):
+                if self.machine.ranks.is_main:
+                    self._copy("optimizer.safetensors", path, tensor)
+        if self.machine.ranks.is_main:
+            self._copied.clear()
+            self._written = self._thread.submit(self._copy_and_write, dataclasses.replace(progress), weights, state)
+
+    def wait_for_copies(self) -> None:
+        self._copied.wait()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is on the disk, or has failed with a warning and a `complaint`."""
+        if self._written:
+            self.complaint = self._written.result()
+            self._written = None
+
+    def _copy(self, file: str, name: str, tensor: Tensor) -> None:
+        copies = self._copies[file]
+        if name not in copies:
+            copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self.machine.device.type == "cuda")
+        copies[name].copy_(tensor)
+
+    def _copy_and_write(self, progress: Progress, weights: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
+        try:
+            for file, tensors in zip(FILES, (weights, state), strict=False):
+                for name, tensor in tensors.items():
+                    self._copy(file, name, tensor)
+        finally:
+            self._copied.set()
+        complaint = None
+        description = {"progress": dataclasses.asdict(progress)} | self.description
+        try:
+            write(self.out_dir, progress.step, self._copies, description)
+            prune(self.out_dir, self.keep, progress.best_step)
+        except (OSError, SafetensorError) as error:  # a full disk, say, is no reason to lose the run
+            complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
+            warn(f"{complaint}; the run goes on, {last_kept(self.out_dir)}")
+        return complaint
+
+
+def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
+    """Write the files beside and rename their folder into place when the disk has them."""
+    folder = out_dir / "checkpoints" / f"step_{step:08d}"
     for unfinished in folder.parent.glob("*.tmp"):
-        shutil.rmtree(unfinished)
+        remove(unfinished)
     scratch = folder.with_name(folder.name + ".tmp")
-    scratch.mkdir(parents=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, scratch / "model.safetensors")
-    state = {
-        f"{names[parameter]}/{key}": value.contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    save_file(state, scratch / "optimizer.safetensors")
-    description = {
-        "progress": dataclasses.asdict(progress),
-        "tokenizer": data.tokenizer,
-        "data": data.checksum,
-        "model": dataclasses.asdict(model.config),
-        "settings": dataclasses.asdict(settings),
-    }
-    write_json(scratch / "state.json", description)
-    for path in (*scratch.iterdir(), scratch):
-        flush(path)
-    scratch.rename(folder)
+    try:
+        scratch.mkdir(parents=True)
+        for name, named in tensors.items():
+            save_file(named, scratch / name)
+        write_json(scratch / "state.json", description)
+        sums = "".join(f"{digest(scratch / name)}  {name}\n" for name in FILES)
+        (scratch / SUMS).write_text(sums, encoding="utf-8")
+        for path in (*scratch.iterdir(), scratch):
+            flush(path)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)  # make room; what stays is removed with the next checkpoint
+        raise
     flush(folder.parent)
-    prune(out_dir, settings.keep_checkpoints, progress.best_step)
-    return folder
 
 
 def folders(out_dir: Path) -> list[Path]:
-    """The whole checkpoints under `out_dir`, oldest first."""
+    """The checkpoints under `out_dir`, oldest first."""
     found = [path for path in (out_dir / "checkpoints").glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
@@ -84,13 +167,43 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def last_kept(out_dir: Path) -> str:
+    found = folders(out_dir)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
 def prune(out_dir: Path, keep: int, best_step: int | None) -> None:
     """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files."""
     for folder in folders(out_dir)[:-keep]:
         if step_of(folder) != best_step:
             doomed = folder.with_name(folder.name + ".tmp")
             folder.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
+
+
+def set_aside(out_dir: Path, step: int) -> None:
+    """Rename checkpoints of steps after `step`, which are damaged, so that the run can write these steps anew."""
+    for folder in folders(out_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(folder.name + ".damaged")
+            remove(aside)
+            folder.rename(aside)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -102,79 +215,127 @@ class Checkpoint:
     progress: Progress
     settings: dict[str, Any]
     tokenizer: str
-    data: dict[str, str] | None  # checksums of the data set's files, where they are known
+    data: str  # the data set's fingerprint
 
     def load_model(self, model: GPT) -> None:
         weights = self._tensors("model.safetensors")
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError(f"{self.folder} is damaged: {str(error).splitlines()[-1].strip()}") from None
+            raise Damaged(f"{self.folder} is damaged: {str(error).splitlines()[-1].strip()}") from None
 
-    def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Continue with the saved state; the hyperparameters stay those of `optimizer`."""
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        numbers = {names[parameter]: number for number, parameter in enumerate(params)}
-        state: dict[int, dict[str, Tensor]] = {}
-        for path, tensor in self._tensors("optimizer.safetensors").items():
+    def optimizer_state(self, model: GPT) -> dict[str, Tensor]:
+        """The optimizer's state, as <parameter>/<name of the state>."""
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        state = self._tensors("optimizer.safetensors")
+        kinds: dict[str, set[str]] = {}
+        for path, tensor in state.items():
             name, _, key = path.rpartition("/")
-            if name not in numbers:
-                raise UserError(f"{self.folder} is damaged: its optimizer state names an unknown parameter {name!r}")
-            if tensor.dim() and tensor.shape != params[numbers[name]].shape:
-                raise UserError(f"{self.folder} is damaged: the optimizer state {path} has another shape")
-            state.setdefault(numbers[name], {})[key] = tensor
-        kinds = {frozenset(values) for values in state.values()}
-        if len(kinds) > 1 or len(state) != (len(params) if self.progress.step else 0):
-            raise UserError(f"{self.folder} is damaged: its optimizer state is incomplete")
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            if name not in shapes:
+                raise Damaged(f"{self.folder} is damaged: its optimizer state names an unknown parameter {name[:80]!r}")
+            if tensor.dim() and tensor.shape != shapes[name]:
+                raise Damaged(f"{self.folder} is damaged: the optimizer state {path[:80]!r} has another shape")
+            kinds.setdefault(name, set()).add(key)
+        if len(set(map(frozenset, kinds.values()))) > 1 or len(kinds) != (len(shapes) if self.progress.step else 0):
+            raise Damaged(f"{self.folder} is damaged: its optimizer state is incomplete")
+        return state
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error}") from None
+            raise Damaged(f"{self.folder / name} cannot be read: {error}") from None
 
 
 def newest(out_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run; UserError where there is none or it is damaged."""
+    """The newest checkpoint of a run that is as it was written, with a warning of newer ones that are not; UserError
+    where there is none.
+    """
     found = folders(out_dir)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train first, or name another folder with --out_dir=FOLDER")
-    path = found[-1] / "state.json"
+    complaints = []
+    for folder in reversed(found):
+        try:
+            checkpoint = read(folder)
+        except Damaged as error:
+            complaints.append(str(error))
+            continue
+        for complaint in complaints:
+            warn(f"{complaint}: taking {folder.name}")
+        return checkpoint
+    raise UserError(f"{complaints[0]}; there is no other whole checkpoint in {out_dir}")
+
+
+def read(folder: Path) -> Checkpoint:
+    """A checkpoint that is as it was written, or Damaged. It may come from a stranger: reading it takes no more memory
+    than its files are long, and they may not be longer than its description says.
+    """
+    path = folder / SUMS
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        sums = read_small(path).decode("ascii")
+        path = folder / "state.json"
+        text = read_small(path)
+        state = parse_object(text)
         config, progress = GPTConfig(**state["model"]), Progress(**state["progress"])
-        settings, tokenizer, data = state["settings"], state["tokenizer"], state["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged, or of another version of this program") from None
+        checkpoint = Checkpoint(folder, config, progress, state["settings"], state["tokenizer"], state["data"])
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{path} is damaged, or of another version of this program") from None
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    sane = all(type(size) is int and 0 < size < 2**31 for size in sizes) and config.n_embd % config.n_head == 0
-    if (
-        not sane
-        or tokenizer not in list(TOKENIZERS)
-        or progress.step != step_of(found[-1])
-        or type(settings) is not dict
+    if not (
+        all(map(has_its_types, (config, progress)))
+        and all(0 < size < 2**31 for size in sizes)
+        and config.n_embd % config.n_head == 0
+        and checkpoint.tokenizer in list(TOKENIZERS)
+        and progress.step == step_of(folder)
+        and type(checkpoint.settings) is dict
     ):
-        raise UserError(f"{path} is damaged: its values are impossible")
-    return Checkpoint(found[-1], config, progress, settings, tokenizer, data)
+        raise Damaged(f"{path} is damaged: its values are impossible")
+    expected = 4 * config.parameters
+    check_size(folder / "model.safetensors", expected, expected + HEADER_BYTES)
+    check_size(folder / "optimizer.safetensors", 0, 3 * expected + HEADER_BYTES)
+    listed = re.findall(r"([0-9a-f]{64})  (.+)\n", sums)
+    if [name for _, name in listed] != list(FILES) or "".join(f"{of}  {name}\n" for of, name in listed) != sums:
+        raise Damaged(f"{folder / SUMS} is damaged")
+    for of, name in listed:
+        actual = hashlib.sha256(text).hexdigest() if name == "state.json" else digest(folder / name)
+        if actual != of:
+            raise Damaged(f"{folder / name} is damaged: its checksum is not that of {SUMS}")
+    return checkpoint
+
+
+def has_its_types(instance: Any) -> bool:
+    return all(
+        isinstance(getattr(instance, name), kind) for name, kind in typing.get_type_hints(type(instance)).items()
+    )
+
+
+def check_size(path: Path, least: int, most: int) -> None:
+    if not path.is_file():
+        raise Damaged(f"{path} is missing")
+    if not least <= path.stat().st_size <= most:
+        raise Damaged(f"{path} is damaged: its size is not what state.json implies")
 
 
 def check_same_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings, data: TokenData) -> list[str]:
-    """Refuse a checkpoint of another architecture or optimizer. Returns a line for each other setting that changed."""
+    """Refuse a checkpoint of another architecture, optimizer or data set. Returns a line for each other setting that
+    changed.
+    """
     for name, here in dataclasses.asdict(config).items():
         there = getattr(checkpoint.config, name)
         if here != there and name != "dropout":
             raise UserError(f"{name} = {here}, but the checkpoint {checkpoint.folder} was trained with {there}")
     now = dataclasses.asdict(settings)
     if checkpoint.settings.get("optimizer") != settings.optimizer:
-        there = checkpoint.settings.get("optimizer")
-        raise UserError(f"optimizer = {settings.optimizer}, but {checkpoint.folder} was trained with {there}")
-    if checkpoint.data != data.checksum:
+        there = shorten(checkpoint.settings.get("optimizer"))
+        raise UserError(f"optimizer = {settings.optimizer!r}, but {checkpoint.folder} was trained with {there}")
+    if checkpoint.data != data.fingerprint():
         raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
     free = {"init_from", "out_dir", "eval_only", "wandb_run_name"}
     return [
-        f"{name} was {checkpoint.settings.get(name)}, is now {value}"
+        f"{name} was {shorten(checkpoint.settings.get(name))}, is now {value!r}"
         for name, value in now.items()
         if name not in free and checkpoint.settings.get(name) != value
     ]

@@ -35,7 +35,7 @@ class Curvature:
         """One tensor for each of `params`, the same on every rank."""
         s = self.settings
         if s.dropout > 0:
-            randomness.seed_dropout(s.seed, step, self.machine.rank, randomness.CURVATURE_DROPOUT)
+            randomness.seed_dropout(s.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
         if s.optimizer == "sophiah":
             return self._hutchinson(step, params)
         if s.hessian_estimator == "averaged":
@@ -50,7 +50,7 @@ class Curvature:
         for (x, _), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
             weight = (last - first) / sequences
             torch._foreach_add_(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), alpha=weight)
-        self.machine.sum_over_ranks(mean)
+        self.machine.ranks.sum(mean)
         torch._foreach_mul_(mean, mean)
         torch._foreach_mul_(mean, sequences * self.settings.block_size)
         return mean
@@ -65,7 +65,7 @@ class Curvature:
         uniforms = self.batches.label_uniforms(step)
         for (x, _), (first, last) in self.batches.curvature(step, s.hessian_group_size, group=s.hessian_group_size):
             add_squares(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), weight)
-        self.machine.sum_over_ranks(mean)
+        self.machine.ranks.sum(mean)
         return mean
 
     def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ class Curvature:
             with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH), keeping_activations(self.model):
                 self.add_loss_curvature(mean, weight, self.model, point, towards, x, y)
         products = list(mean.values())
-        self.machine.sum_over_ranks(products)
+        self.machine.ranks.sum(products)
         torch._foreach_mul_(products, directions)
         return products
 

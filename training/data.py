@@ -1,11 +1,12 @@
 """Tokenized text on disk, and the batches a run takes from it."""
 
 import bisect
-import json
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from training import randomness
 from training.errors import RankError, UserError
+from training.files import read_json
 from training.settings import ROOT
 from training.tokenizers import GPT2, TOKENIZERS
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24
+SAMPLES, SAMPLE_TOKENS = 64, 2**10  # of a split, for its fingerprint
 PROGRESS = "progress.json"  # in a folder whose data set is being prepared
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024  # llm.c's .bin files begin with 256 int32: magic, version, tokens, …
 
@@ -36,13 +39,21 @@ class TokenData:
     train: "Tokens"
     val: "Tokens"
     block_size: int
-    checksum: dict[str, str] | None  # of its files, as meta.json has it; None where it is not known
     has_meta: bool
 
     @property
     def padded_vocab_size(self) -> int:
         """Rounded up to a multiple of 64, which matrix units like: 50257 becomes 50304."""
         return -(-self.vocab_size // 64) * 64
+
+    def fingerprint(self) -> str:
+        """Tells this data set from others: a checksum of the lengths of its splits and of samples of their tokens."""
+        digest = hashlib.sha256()
+        for tokens in (self.train, self.val):
+            length = min(SAMPLE_TOKENS, len(tokens))
+            starts = np.linspace(0, len(tokens) - length, SAMPLES, dtype=np.int64)
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.rows(starts, length).tobytes())
+        return digest.hexdigest()
 
     def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> Tensor:
         """Sequences `start` to `stop` of the `batch_size` of step `step`, a function of (seed, step) alone: each begins
@@ -75,10 +86,42 @@ def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+class TokenSource(Protocol):
+    """What a slice of gives uint16 tokens: an array, or a TokenFile."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice) -> np.ndarray: ...
+
+
+class TokenFile:
+    """The tokens of a file after its first `skipped` bytes, read when they are asked for. The file is held open and
+    must stay as it was: RankError where it was written to since. (A memory map would end the process without a word.)
+    """
+
+    def __init__(self, path: Path, skipped: int = 0):
+        self.path, self.skipped = path, skipped
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - held for as long as the tokens are
+        self._opened = os.fstat(self._file.fileno())
+
+    def __len__(self) -> int:
+        return (self._opened.st_size - self.skipped) // 2
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        try:
+            read = os.pread(self._file.fileno(), 2 * (stop - start), self.skipped + 2 * start)
+            now = os.fstat(self._file.fileno())
+        except OSError as error:
+            raise RankError(f"{self.path} cannot be read: {error.strerror}") from None
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise RankError(f"{self.path} was changed while it was being read: stopped; prepare the data set again")
+        return np.frombuffer(read, "<u2")
+
+
 class Tokens:
     """The tokens of a split: a file, or several read as one stream. `name` is for messages."""
 
-    def __init__(self, files: list[np.ndarray], name: str):
+    def __init__(self, files: Sequence[TokenSource], name: str):
         self.files, self.name = files, name
         self.ends = np.cumsum([len(file) for file in files]).tolist()
 
@@ -141,18 +184,19 @@ def open_tokens(folder: Path, split: str) -> Tokens:
     return Tokens([open_file(path) for path in paths], str(paths[0] if len(paths) == 1 else folder / f"*{split}_*.bin"))
 
 
-def open_file(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if size % 2:
-        raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
-    if not size:
-        return np.empty(0, "<u2")
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
-        return np.memmap(path, dtype="<u2", mode="r")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"{path} has {size} bytes, but its header tells of {header[2]} tokens: fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+def open_file(path: Path) -> TokenFile:
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=3)
+        if size % 2:
+            raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
+        if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
+            return TokenFile(path)
+        if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
+            raise UserError(f"{path} has {size} bytes, but its header tells of {header[2]} tokens: fetch it again")
+        return TokenFile(path, skipped=SHARD_HEADER_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def open_data(dataset: str, block_size: int) -> TokenData:
@@ -176,10 +220,7 @@ def open_data(dataset: str, block_size: int) -> TokenData:
                 break
         splits[split] = tokens
     has_meta = (folder / "meta.json").exists()
-    checksum = meta.get("checksum")
-    return TokenData(
-        folder, meta["tokenizer"], vocab_size, **splits, block_size=block_size, checksum=checksum, has_meta=has_meta
-    )
+    return TokenData(folder, meta["tokenizer"], vocab_size, **splits, block_size=block_size, has_meta=has_meta)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -188,20 +229,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {"tokenizer": GPT2.name, "vocab_size": GPT2.vocab_size}
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path)
         tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it must be a JSON object with tokenizer and vocab_size") from None
     if tokenizer not in list(TOKENIZERS):
         raise UserError(f"{path}: tokenizer {str(tokenizer)[:40]!r} is unknown; known are {', '.join(TOKENIZERS)}")
     if type(vocab_size) is not int or not 1 <= vocab_size <= 2**16:
         raise UserError(f"{path}: vocab_size {str(vocab_size)[:40]} must be a whole number from 1 to 65536")
     return meta
-
-
-def share(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The consecutive part (start, stop) of `count` things that falls to a rank; parts differ by one at most."""
-    return count * rank // world_size, count * (rank + 1) // world_size
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what would be right. Exit code 2."""
@@ -15,6 +17,12 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A UserError that need not strike every rank, so the rank it strikes says so itself."""
+
+
+class MachineError(RankError):
+    """A rank that is lost, or a last checkpoint that cannot be written. Exit code 4."""
+
+    exit_code = 4
 
 
 class Diverged(UserError):
@@ -33,6 +41,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
+def warn(text: str) -> None:
+    """Print a line beside a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory")  # of CUDA's allocator and of the CPU's
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; a UserError ends the process with its line and its exit code, Ctrl-C with 130."""
     rank = os.environ.get("RANK", "0")
@@ -44,6 +62,12 @@ def run(main: Callable[[], None]) -> None:
         elif isinstance(error, RankError):
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = " ".join(str(error).split())[:200]
+        print(f"error: rank {rank} ran out of memory ({asked}): lower micro_batch_size", file=sys.stderr, flush=True)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does

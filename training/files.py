@@ -7,9 +7,37 @@ from typing import Any
 
 from training.errors import UserError
 
+MAX_JSON_BYTES = 2**20
+
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, which may come from a stranger. OSError where it cannot be read, else ValueError."""
+    return parse_object(read_small(path))
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a regular file of at most MAX_JSON_BYTES; OSError or ValueError for anything else."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # to open a pipe or a device may wait, or never end
+    with open(path, "rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    return content
 
 
 def flush(path: Path) -> None:

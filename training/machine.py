@@ -1,4 +1,4 @@
-"""Where a run computes: device, number format, compiler and the ranks of a torchrun job."""
+"""Where a run computes: device, number format, compiler, and the rank it has in a torchrun job."""
 
 import contextlib
 import os
@@ -7,15 +7,14 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
+from training import ranks
 from training.errors import RankError, UserError
+from training.ranks import Ranks
 from training.settings import Settings
 
 # Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by words of the device's name
@@ -35,24 +34,12 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank prints and writes."""
-        return self.rank == 0
+    ranks: Ranks = Ranks()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-    def sum_over_ranks(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over the ranks."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
 
     def peak_flops(self) -> float | None:
         """The data-sheet peak of this device in FLOP/s for bfloat16, or None where it is not known or not used."""
@@ -62,13 +49,8 @@ class Machine:
         return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
     def note(self, text: str) -> None:
-        if self.is_main:
+        if self.ranks.is_main:
             print(text, file=sys.stderr, flush=True)
-
-
-def environment_ranks() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def find_device(name: str) -> torch.device:
@@ -86,7 +68,7 @@ def find_device(name: str) -> torch.device:
         if index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
-        if device.index is not None and environment_ranks()[1] > 1:
+        if device.index is not None and ranks.environment()[1] > 1:
             raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -118,24 +100,18 @@ def has_compiler(device: torch.device) -> bool:
 
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
-    rank, world_size = environment_ranks()
     device = find_device(settings.device)
+    if settings.backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend = nccl: it joins CUDA devices, not {device.type}; use --backend=auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
     machine = Machine(
         device=device,
         dtype=find_dtype(settings.dtype, device),
         compile=settings.compile and has_compiler(device),
-        rank=rank,
-        world_size=world_size,
+        ranks=ranks.join(device, settings.backend, settings.timeout),
     )
     if settings.compile and not machine.compile:
         machine.note("no compiler found for torch.compile: going on without it, which is slower")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
-    if world_size > 1:
-        try:
-            fitting = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(fitting if settings.backend == "auto" else settings.backend)
-        except (ValueError, RuntimeError) as error:
-            raise RankError(f"the ranks could not meet: {error}".splitlines()[0]) from None
     return machine

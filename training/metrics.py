@@ -9,10 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.errors import UserError
+from training.errors import UserError, warn
 from training.settings import Settings
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb_run_id"
 
 
 class Metrics:
@@ -25,8 +26,9 @@ class Metrics:
         if not active:
             return
         self.path = out_dir / FILE
+        self.unwritten, self.complained = b"", False
         drop_rows_after(self.path, kept_steps)
-        self.wandb = start_wandb(settings, out_dir) if settings.wandb_log else None
+        self.wandb = start_wandb(settings, out_dir, kept_steps >= 0) if settings.wandb_log else None
         self.bar = tqdm(initial=max(kept_steps, 0), total=settings.max_iters, unit="step", dynamic_ncols=True)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -34,8 +36,8 @@ class Metrics:
         if not self.active:
             return
         row = {name: value for name, value in row.items() if value is not None}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        self._append()
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.bar.update(row["step"] - self.bar.n)
@@ -43,6 +45,19 @@ class Metrics:
         self.bar.set_postfix_str(", ".join(form.format(row[name]) for name, form in shown.items() if name in row))
         if "val/loss" in row:
             self.bar.write(f"step {row['step']}: validation loss {row['val/loss']:.4f}")
+
+    def _append(self) -> None:
+        """Append what is unwritten; what does not fit on the disk waits for the next row."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
+        except OSError as error:
+            if not self.complained:
+                warn(f"{self.path} cannot be written to: {error.strerror}; the run goes on and keeps its rows")
+            self.complained = True
+        else:
+            self.complained = False
 
     def __enter__(self) -> "Metrics":
         return self
@@ -58,8 +73,11 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows up to `step`, so that a resumed run has every step once; a half-written last row goes too."""
     rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written to: {error.strerror}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -78,11 +96,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(settings: Settings, out_dir: Path) -> Any:
+def start_wandb(settings: Settings, out_dir: Path, resuming: bool) -> Any:
     import wandb
 
-    identity = out_dir / "wandb_run_id"  # a resumed run goes on with its curves
-    if settings.init_from != "resume" or not identity.exists():
+    identity = out_dir / WANDB_ID  # a resumed run goes on with its curves
+    if not resuming or not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         return wandb.init(

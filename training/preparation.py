@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from training.data import PROGRESS
 from training.errors import UserError
-from training.files import flush, write_json
+from training.files import flush, read_json, write_json
 from training.tokenizers import Tokenizer
 
 SPLITS = ("train", "val")
@@ -84,12 +84,12 @@ def write_data_set(out_dir: Path, source: Source, tokenizer: Tokenizer, workers:
 
 def is_whole(out_dir: Path, job: str, overwrite: bool) -> bool:
     """Whether the folder has this very data set already. Refuses, or with `overwrite` removes, any other."""
-    meta = read_json(out_dir / "meta.json")
+    meta = noted(out_dir / "meta.json")
     if meta.get("job") == job and all((out_dir / f"{split}.bin").is_file() for split in SPLITS):
         print(f"{out_dir} is complete")
         (out_dir / PROGRESS).unlink(missing_ok=True)
         return True
-    if read_json(out_dir / PROGRESS).get("job") == job:
+    if noted(out_dir / PROGRESS).get("job") == job:
         return False
     there = [name for name in ("meta.json", "train.bin", "val.bin", PROGRESS) if (out_dir / name).exists()]
     if there and not overwrite:
@@ -144,7 +144,7 @@ class Writer:
         return self.out_dir / f"{split}.bin.tmp"
 
     def _read_progress(self) -> None:
-        progress = read_json(self.out_dir / PROGRESS)
+        progress = noted(self.out_dir / PROGRESS)
         if progress.get("job") != self.job or not all(
             2 * count <= self._size(split, progress["all_written"]) for split, count in progress["tokens"].items()
         ):
@@ -216,10 +216,9 @@ class Writer:
             pool.shutdown(cancel_futures=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def noted(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}

@@ -5,10 +5,12 @@ import dataclasses
 import difflib
 import math
 import operator
+import stat
 import sys
 import textwrap
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,10 @@ class Settings:
 
     # input and output
     out_dir: str = setting("out", "folder for checkpoints, settings.json and metrics.jsonl")
-    init_from: str = setting("scratch", "'scratch', 'resume', or GPT-2 weights: a hub name 'gpt2*' or a folder")
+    init_from: str = setting(
+        "scratch",
+        "'scratch', 'resume', 'auto' (resume where there is a checkpoint), or GPT-2 weights: 'gpt2*' or a folder",
+    )
     dataset: str = setting("openwebtext", "name of a folder in data/, or a path with a slash in it")
     eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint")
     eval_sequences: int = setting(0, "validation blocks to evaluate, evenly spread; 0 takes all of the split")
@@ -85,9 +90,9 @@ class Settings:
     lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; None: max_iters")
     min_lr: float | None = setting(None, "final learning rate; None: 0.05 * learning_rate, as in the paper")
     # machine
-    backend: Literal["auto", "nccl", "gloo", "mpi"] = setting(
-        "auto", "torch.distributed's; auto: nccl on CUDA, else gloo"
-    )
+    backend: Literal["auto", "nccl", "gloo"] = setting("auto", "torch.distributed's; auto: nccl on CUDA, else gloo")
+    timeout: int = setting(600, "seconds that a rank waits for the others before it ends the run")
+    shard_optimizer: bool = setting(False, "split the optimizer's state over the ranks, to save memory")
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
@@ -151,7 +156,8 @@ def check_name(name: str, where: str) -> None:
 
 def literal(name: str, text: str) -> Any:
     try:
-        return ast.literal_eval(text.strip())
+        with warnings.catch_warnings(action="ignore"):  # which Python prints of '\d', 1if … on lines of its own
+            return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text  # not of the setting's type, as `coerce` will say
 
@@ -166,7 +172,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
         raise UserError(f"{name} = {shorten(value)} in {where}: must be {type_name(name)}")
     if typing.get_origin(TYPES[name]) is Literal and value not in typing.get_args(TYPES[name]):
         near = difflib.get_close_matches(value, typing.get_args(TYPES[name]), n=1, cutoff=0)
-        raise UserError(f"{name} = {value!r} in {where}: must be {type_name(name)}; did you mean {near[0]!r}?")
+        raise UserError(f"{name} = {shorten(value)} in {where}: must be {type_name(name)}; did you mean {near[0]!r}?")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} = {value} in {where}: must be finite")
     return value
@@ -174,7 +180,8 @@ def coerce(name: str, value: Any, where: str) -> Any:
 
 def shorten(value: Any) -> str:
     try:
-        return textwrap.shorten(repr(value), 60, placeholder="…")
+        text = repr(value)
+        return text if len(text) <= 60 else text[:59] + "…"
     except ValueError:  # Python refuses to print very long integers
         return "a very large number"
 
@@ -191,24 +198,21 @@ OPERATORS = {
     ast.USub: operator.neg,
 }
 MAX_CONFIG_BYTES = 1_000_000
+MAX_BITS = 4096  # of a number on the way to a value
 MAX_INCLUDES = 8  # files that include each other, deep
+MAX_FILES = 20  # that a config file includes, and these include, and so on
 
 
-def read_config(path: Path, known: dict[str, Any] | None = None, depth: int = 0) -> dict[str, Any]:
+def read_config(
+    path: Path, known: dict[str, Any] | None = None, depth: int = 0, files: list[Path] | None = None
+) -> dict[str, Any]:
     """The assignments of a config file: `name = value`, a value being a literal or arithmetic on numbers and on names
     assigned before (`known` or in this file). `include = "other.py"` takes over another file's, relative to this one.
     The file is read as data: nothing in it is executed.
     """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} is no config file: it is larger than {MAX_CONFIG_BYTES} bytes")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise UserError(f"config file {path}{line}: not assignments in Python's notation") from None
+    tree = parse(path)
     known = known or {}
+    files = [] if files is None else files  # included so far
     values: dict[str, Any] = {}
     for node in tree.body:
         where = f"{path}, line {node.lineno}"
@@ -222,7 +226,10 @@ def read_config(path: Path, known: dict[str, Any] | None = None, depth: int = 0)
                 raise UserError(f"{where}: include must be the name of a config file, in quotes")
             if depth == MAX_INCLUDES:
                 raise UserError(f"{where}: includes are nested deeper than {MAX_INCLUDES}")
-            values |= read_config(path.parent / node.value.value, known | values, depth + 1)
+            files.append(path.parent / node.value.value)
+            if len(files) > MAX_FILES:
+                raise UserError(f"{where}: more than {MAX_FILES} files are included")
+            values |= read_config(files[-1], known | values, depth + 1, files)
             continue
         check_name(name, where)
         try:
@@ -233,12 +240,34 @@ def read_config(path: Path, known: dict[str, Any] | None = None, depth: int = 0)
     return values
 
 
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a config file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe or a device may take forever
+            raise UserError(f"config file {path}: not a regular file")
+        with open(path, "rb") as file:
+            source = file.read(MAX_CONFIG_BYTES + 1)
+        if len(source) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path} is no config file: it is larger than {MAX_CONFIG_BYTES} bytes")
+        text = source.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path}: {getattr(error, 'strerror', error)}") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        raise UserError(f"config file {path}{line}: not assignments in Python's notation") from None
+
+
 def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
     if isinstance(node, ast.Constant):
+        if type(node.value) is int and node.value.bit_length() > MAX_BITS:
+            raise UserError(f"{where}: the number is too large")
         return node.value
     if isinstance(node, ast.Name):
         if node.id not in names:
-            raise UserError(f"{where}: {node.id} is used but has no value yet")
+            raise UserError(f"{where}: {node.id:.60} is used but has no value yet")
         return names[node.id]
     if isinstance(node, ast.BinOp | ast.UnaryOp) and type(node.op) in OPERATORS:
         operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
@@ -250,8 +279,8 @@ def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
         try:
             result = OPERATORS[type(node.op)](*numbers)
         except (ArithmeticError, ValueError) as error:
-            raise UserError(f"{where}: {error}") from None
-        if type(result) not in (int, float) or abs(result) > 2**4096:
+            raise UserError(f"{where}: {error.args[-1]}") from None
+        if type(result) not in (int, float) or abs(result) > 2**MAX_BITS:
             raise UserError(f"{where}: the result is not a number of reasonable size")
         return result
     raise UserError(f"{where}: only literals and arithmetic are allowed, a config file is not executed")
@@ -270,10 +299,12 @@ def complete(settings: Settings) -> Settings:
     defaults |= {"wandb_run_name": Path(s.out_dir).name}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items() if getattr(s, name) is None})
 
-    for name in "eval_interval log_interval keep_checkpoints n_layer n_head n_embd block_size".split():
+    for name in "eval_interval log_interval keep_checkpoints n_head n_embd block_size".split():
         require(s, name, getattr(s, name) >= 1, "at least 1")
-    for name in "batch_size micro_batch_size hessian_interval hessian_group_size max_iters lr_decay_iters".split():
+    for name in "hessian_interval hessian_group_size max_iters lr_decay_iters timeout".split():
         require(s, name, getattr(s, name) >= 1, "at least 1")
+    for name, largest in {"n_layer": 1000, "batch_size": 2**20, "micro_batch_size": 2**20}.items():
+        require(s, name, 1 <= getattr(s, name) <= largest, f"from 1 to {largest}")
     for name in "eval_sequences learning_rate weight_decay grad_clip warmup_iters min_lr seed".split():
         require(s, name, getattr(s, name) >= 0, "at least 0")
     for name in ("dropout", "beta1", "beta2"):

@@ -1,42 +1,33 @@
 """The two things a loop does with its batches: gradients of the training loss, and the validation loss."""
 
-import contextlib
-
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from training import randomness
 from training.batches import Batches
-from training.machine import Machine
-
-
-def data_parallel(model: nn.Module, machine: Machine) -> nn.Module:
-    """The model whose gradients are averaged over the ranks; without other ranks, the model itself."""
-    if machine.world_size == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tensor:
-    """Add the gradient of the mean loss over the batch of update `step` to the parameters' .grad, over all ranks.
-    Returns this rank's part of that loss, a scalar on the device; the mean over the ranks is the batch's.
+    """Add the gradient of the mean loss over the batch of update `step`, of all ranks, to the parameters' .grad.
+    Returns this rank's part of that loss and the norm of its part of the gradient, float32 (2,) on the device. The
+    parts of the loss add up over the ranks to the batch's.
     """
     settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
-        randomness.seed_dropout(settings.seed, step, machine.rank)
+        randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
-    count = batches.accumulation_steps
-    for number, (x, y) in enumerate(batches.train(step), start=1):
-        # gradients cross the network once a step, with the last micro-batch
-        local = isinstance(model, DistributedDataParallel) and number < count
-        with model.no_sync() if local else contextlib.nullcontext():
-            with machine.autocast():
-                loss = model(x, y) / count
-            loss.backward()
+    count = batches.accumulation_steps * machine.ranks.count
+    for x, y in batches.train(step):
+        with machine.autocast():
+            loss = model(x, y) / count
+        loss.backward()
         total += loss.detach()
-    return total
+    gradients = [parameter.grad for parameter in model.parameters()]
+    norm = torch.nn.utils.get_total_norm(gradients) if machine.ranks.count > 1 else torch.zeros_like(total)
+    # They cross the network once a step, and after the backward pass: compiled, it hands all of them over at its end.
+    machine.ranks.sum(gradients)
+    return torch.stack((total, norm))
 
 
 @torch.no_grad()
@@ -52,6 +43,6 @@ def validation_loss(model: nn.Module, batches: Batches) -> float:
         tokens = (y >= 0).sum()
         sums += torch.stack((loss * tokens, tokens))
     model.train()
-    machine.sum_over_ranks([sums])
+    machine.ranks.sum([sums])
     loss, tokens = sums.tolist()
     return loss / tokens

@@ -1,0 +1,30 @@
+"""The signals that ask a run to stop."""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Preemption:
+    """Within this context SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step: `asked` names
+    the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    def __enter__(self) -> "Preemption":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        self.asked = self.asked or signal.Signals(number).name

@@ -1,0 +1,157 @@
+"""The ranks of a torchrun job: how they meet, what they exchange, and who is missing when an exchange fails."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.errors import MachineError, RankError
+
+PIECE = 2**25  # elements that cross the network together
+ROLL_CALL_SECONDS = 10
+
+
+def environment() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the job. Every method is called by all of them, in the same order; with one rank
+    none does anything. MachineError where a rank does not answer in time.
+    """
+
+    rank: int = 0
+    count: int = 1
+    hosts: tuple[str, ...] = ()  # of each rank
+    store: dist.Store | None = None
+    group: dist.ProcessGroup | None = None  # for tensors on the device; the default group is the hosts' own
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints, and reads and writes out_dir."""
+        return self.rank == 0
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over the ranks. All have one dtype and device. The order of the
+        summation depends on their number and shapes alone, so that it is the same after a restart.
+        """
+        if self.count == 1:
+            return
+        for part in pieces(tensors):
+            flat = part[0].view(-1) if len(part) == 1 else torch.cat([tensor.reshape(-1) for tensor in part])
+            with self.exchanging():
+                dist.all_reduce(flat, group=self.group)
+            if len(part) > 1:
+                sums = flat.split([tensor.numel() for tensor in part])
+                torch._foreach_copy_(part, [total.view_as(tensor) for total, tensor in zip(sums, part, strict=True)])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, (count, *shape)."""
+        gathered = tensor.new_zeros(self.count, *tensor.shape)
+        gathered[self.rank] = tensor
+        self.sum([gathered])
+        return gathered
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Replace the tensor, in place, by that of rank `source`."""
+        if self.count > 1:
+            with self.exchanging():
+                dist.broadcast(tensor, source, group=self.group)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self.count == 1:
+            return value
+        values = [value]
+        with self.exchanging():
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        values = [value] * self.count
+        if self.count > 1:
+            with self.exchanging():
+                dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so. An exchange between the hosts: it does not wait for their devices."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        with self.exchanging():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # which all errors of torch.distributed are
+            raise MachineError(f"{self._roll_call()} ({str(error).splitlines()[0]})") from error
+
+    def _roll_call(self) -> str:
+        """Who is missing, after an exchange failed on this rank: the ranks that do not come here as well."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, having noticed too, need not wait for the answer
+        missing = set(range(self.count))
+        end = time.monotonic() + ROLL_CALL_SECONDS
+        try:
+            self.store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+            self.store.set(f"roll_call/{self.rank}", "here")
+            while missing and time.monotonic() < end:
+                missing -= {rank for rank in missing if self.store.check([f"roll_call/{rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:
+            return "the host that keeps the rendezvous cannot be reached"
+        if not missing:
+            return "an exchange between the ranks failed, though all of them answer"
+        return f"{', '.join(map(self.name, sorted(missing)))} of {self.count} did not answer: hanging, dead or cut off"
+
+
+def pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of at most PIECE elements; a larger one has a list of its own."""
+    part: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.numel() > PIECE:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    if part:
+        yield part
+
+
+def join(device: torch.device, backend: str, timeout: int) -> Ranks:
+    """Meet the other ranks, waiting for them for up to `timeout` seconds, here and at every exchange."""
+    rank, count = environment()
+    if count == 1:
+        return Ranks()
+    patience = timedelta(seconds=timeout)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=patience))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
+        group = None
+        if device.type == "cuda" and backend != "gloo":
+            # the exchange between the hosts is to fail first, as it can tell whom it waited for
+            group = dist.new_group(backend="nccl", timeout=2 * patience)
+        hosts: list[str] = [""] * count
+        dist.all_gather_object(hosts, socket.gethostname())
+    except (ValueError, RuntimeError) as error:
+        raise RankError(f"the ranks could not meet within {timeout} s: {str(error).splitlines()[0]}") from None
+    return Ranks(rank, count, tuple(hosts), store, group)

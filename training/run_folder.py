@@ -1,0 +1,68 @@
+"""A run's folder, out_dir: what it goes on from, and that one run at a time writes to it."""
+
+import dataclasses
+from pathlib import Path
+
+import filelock
+
+from training import checkpoints, metrics
+from training.errors import UserError
+from training.files import check_writable, write_json
+from training.settings import Settings
+
+LOCK, SETTINGS = ".lock", "settings.json"
+
+
+class RunFolder:
+    """Rank 0's hold on the folder; to be used as a context, at the end of which it lets go."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.path = Path(settings.out_dir)
+        self._lock = filelock.FileLock(self.path / LOCK, blocking=False)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The checkpoint that the settings ask to go on from. Refuses a folder that is not fit for the run; writes
+        nothing but the lock of a folder with a run in it.
+        """
+        s = self.settings
+        check_writable(self.path)
+        for name in ("checkpoints", metrics.FILE, SETTINGS, metrics.WANDB_ID, LOCK):
+            if (self.path / name).is_symlink():  # what a stranger packed could lead anywhere
+                raise UserError(f"{self.path / name} is a symbolic link: only out_dir itself may be one")
+        found = checkpoints.folders(self.path)
+        if s.init_from == "resume" or (s.init_from == "auto" and found):
+            if found and not s.eval_only:
+                self._hold()
+            if (self.path / metrics.FILE).exists():
+                metrics.read_rows(self.path / metrics.FILE)
+            return checkpoints.newest(self.path)
+        if found and not s.eval_only:
+            raise UserError(
+                f"{self.path} holds a run already: go on with --init_from=resume, or take another --out_dir"
+            )
+        return None
+
+    def begin(self, step: int) -> None:
+        """Make the folder ready for the updates after `step`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            checkpoints.set_aside(self.path, step)
+            write_json(self.path / SETTINGS, dataclasses.asdict(self.settings))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {error.strerror or error}") from None
+
+    def _hold(self) -> None:
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"another run is writing to {self.path}: stop it first, or take another --out_dir"
+            ) from None

@@ -35,13 +35,16 @@ def write_dataset(folder, train, val, **meta):
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256} | meta))
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
+def text_dataset(folder):
     """A folder with 20,000 tokens of text to train on, 1,000 to validate."""
     text = " ".join(f"{i} squared is {i * i}, its root {math.sqrt(i):.3f};" for i in range(1000)).encode()
-    folder = tmp_path_factory.mktemp("data")
     write_dataset(folder, list(text[:20_000]), list(text[20_000:21_000]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return text_dataset(tmp_path_factory.mktemp("data"))
 
 
 def listing(folder):

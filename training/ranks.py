@@ -1,10 +1,13 @@
 """The ranks of a torchrun job: how they meet, what they exchange, and who is missing when an exchange fails."""
 
 import contextlib
+import hashlib
 import os
+import re
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import MachineError, RankError
+from training.errors import MachineError
 
 PIECE = 2**25  # elements that cross the network together
 ROLL_CALL_SECONDS = 10
@@ -103,7 +106,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # which all errors of torch.distributed are
-            raise MachineError(f"{self._roll_call()} ({str(error).splitlines()[0]})") from error
+            raise MachineError(f"{self._roll_call()} ({short(error)})") from error
 
     def _roll_call(self) -> str:
         """Who is missing, after an exchange failed on this rank: the ranks that do not come here as well."""
@@ -120,7 +123,8 @@ class Ranks:
             return "the host that keeps the rendezvous cannot be reached"
         if not missing:
             return "an exchange between the ranks failed, though all of them answer"
-        return f"{', '.join(map(self.name, sorted(missing)))} of {self.count} did not answer: hanging, dead or cut off"
+        names = ", ".join(map(self.name, sorted(missing)))
+        return f"of {self.count} ranks, {names} did not answer: hanging, dead or cut off"
 
 
 def pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -144,7 +148,7 @@ def join(device: torch.device, backend: str, timeout: int) -> Ranks:
         return Ranks()
     patience = timedelta(seconds=timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=patience))
+        store = meet(next(dist.rendezvous("env://", rank, count, timeout=patience))[0], rank, count, timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
         group = None
         if device.type == "cuda" and backend != "gloo":
@@ -153,5 +157,29 @@ def join(device: torch.device, backend: str, timeout: int) -> Ranks:
         hosts: list[str] = [""] * count
         dist.all_gather_object(hosts, socket.gethostname())
     except (ValueError, RuntimeError) as error:
-        raise RankError(f"the ranks could not meet within {timeout} s: {str(error).splitlines()[0]}") from None
+        raise MachineError(f"the ranks could not meet within {timeout} s: {short(error)}") from None
     return Ranks(rank, count, tuple(hosts), store, group)
+
+
+def meet(store: dist.Store, rank: int, count: int, timeout: int) -> dist.Store:
+    """A part of the store that only these processes use: torchrun keeps its store when it restarts the workers, with
+    the addresses of the ones that died in it (torch 2.13). All have to see the same arrivals, their own included.
+    """
+    store.set(f"arrived/{rank}", uuid.uuid4().hex)
+    everyone = range(count)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        arrivals = store.multi_get([f"arrived/{rank}" for rank in everyone])
+        seen = hashlib.sha256(b"".join(arrivals)).hexdigest()
+        store.set(f"seen/{rank}", seen)
+        others = store.multi_get([f"seen/{rank}" for rank in everyone])
+        missing = [rank for rank in everyone if others[rank].decode() != seen]
+        if not missing:
+            return dist.PrefixStore(seen, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"rank {', '.join(map(str, missing))} of {count} did not arrive")
+
+
+def short(error: Exception) -> str:
+    """What torch.distributed says, without the place in its sources."""
+    return re.sub(r"^(.*failed with )?\[\S*\] ", "", str(error).splitlines()[0])

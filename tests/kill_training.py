@@ -1,0 +1,120 @@
+"""Kill train.py with SIGKILL at random moments, half of them while a checkpoint is being written, have it go on, and
+compare its last checkpoint with an undisturbed run's.
+
+    python tests/kill_training.py --kills 100               one process, started again with the same command
+    python tests/kill_training.py --kills 100 --ranks 3     under torchrun: a worker is killed, torchrun restarts all
+
+Other arguments are settings of train.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import TINY, arguments, last_checkpoint, same_weights, text_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS_A_RUN = 5
+SETTINGS = TINY | {"n_embd": 64, "batch_size": 12, "micro_batch_size": 1, "max_iters": 60, "eval_interval": 4}
+
+
+class Job:
+    """One command, which goes on from its newest checkpoint whenever it is started."""
+
+    def __init__(self, out_dir: Path, ranks: int, settings: list[str]):
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=1000"]
+        start = [sys.executable, "-m", *launcher] if ranks > 1 else [sys.executable]
+        self.command = [*start, "train.py", *settings, f"--out_dir={out_dir}", "--init_from=auto"]
+        self.out_dir, self.ranks, self.log = out_dir, ranks, out_dir.with_suffix(".log")
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+
+    def runs(self) -> bool:
+        return self.process.poll() is None
+
+    def workers(self) -> list[int]:
+        """The processes that train."""
+        if self.ranks == 1:
+            return [self.process.pid] if self.runs() else []
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()] if self.runs() else []
+
+    def is_writing(self) -> bool:
+        return any((self.out_dir / "checkpoints").glob("*.tmp"))
+
+    def kill(self, moment: float, in_writing: bool, chance: random.Random) -> bool | None:
+        """Kill a worker `moment` seconds from now, or then as soon as a checkpoint is being written. Returns whether
+        one was being written; None where the job had ended before.
+        """
+        end = time.monotonic() + moment
+        while self.runs() and (time.monotonic() < end or (in_writing and not self.is_writing())):
+            time.sleep(0.0005)
+        workers = self.workers()
+        if not workers:
+            return None
+        writing = self.is_writing()
+        os.kill(chance.choice(workers), signal.SIGKILL)
+        if self.ranks == 1:
+            self.process.wait()
+            self.start()
+        return writing
+
+    def finish(self) -> None:
+        assert self.process.wait(timeout=300) == 0, self.log.read_text()
+
+
+def run_with_kills(folder: Path, kills: int, ranks: int = 1, more: list[str] = (), seed: int = 0) -> tuple[int, int]:
+    """Returns how many runs ended as the undisturbed one, and how many of the kills fell into writing a checkpoint.
+    AssertionError where a run failed or ended with other weights.
+    """
+    settings = [*arguments(**SETTINGS, dataset=text_dataset(folder / "data")), *more]
+    undisturbed = Job(folder / "undisturbed", ranks, settings)
+    started = time.monotonic()
+    undisturbed.start()
+    undisturbed.finish()
+    seconds = time.monotonic() - started
+    chance = random.Random(seed)
+    left, runs, in_writing = kills, 0, 0
+    while left:
+        job = Job(folder / f"run{runs}", ranks, settings)
+        job.start()
+        for _ in range(min(left, KILLS_A_RUN)):
+            writing = job.kill(chance.uniform(0, seconds), chance.random() < 0.5, chance)
+            if writing is None:
+                break
+            left, in_writing = left - 1, in_writing + writing
+        job.finish()
+        assert same_weights(last_checkpoint(job.out_dir), last_checkpoint(undisturbed.out_dir)), job.out_dir
+        assert steps(job.out_dir) == steps(undisturbed.out_dir), job.out_dir
+        runs += 1
+    return runs, in_writing
+
+
+def steps(out_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        runs, in_writing = run_with_kills(Path(scratch), options.kills, options.ranks, rest, options.seed)
+    print(
+        f"{options.kills} kills, {in_writing} of them while a checkpoint was being written; {runs} runs with"
+        f" {options.ranks} rank(s), 0 lost: all ended with the bytes of the undisturbed one"
+    )

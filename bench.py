@@ -5,6 +5,7 @@
                                    a step of 480 sequences
     python bench.py loader         reading batches of --dataset, against training on them
     python bench.py tokenize       preparing --text on every core, against one thread of tiktoken
+    python bench.py checkpoint     how long the loop stands still for a checkpoint, against writing it synchronously
 
 For example: python bench.py curvature config/gpt2_30m.py --block_size=256 --micro_batch_size=8 --json
 
@@ -26,11 +27,11 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from training import errors, machine, steps
+from training import checkpoints, errors, machine, steps
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.data import TokenData, Tokens, open_data
-from training.optimizers import make_optimizer
+from training.optimizers import make_optimizer, own_state
 from training.preparation import write_data_set
 from training.settings import Settings, read
 from training.tokenizers import GPT2
@@ -202,11 +203,79 @@ def tokenize_benchmark(files: list[Path], here: machine.Machine, rounds: int) ->
     }
 
 
+def checkpoint_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -> dict:
+    """Seconds that a loop of gradients and updates stands still for a checkpoint, written to the file system of
+    --out_dir; a gradient alone, and one while a checkpoint is being copied and written.
+    """
+    s = read(arguments)
+    model = make_model(s, here)
+    optimizer = make_optimizer(model, s, here)
+    updater(optimizer)()
+    model.zero_grad()
+    compiled = torch.compile(model, dynamic=False) if here.compile else model
+    data = random_tokens(s)
+    batches = Batches(data, s, here)
+    progress = checkpoints.Progress()
+    parent = Path(s.out_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+
+    def gradient() -> float:
+        start = time.perf_counter()
+        steps.accumulate_gradients(compiled, batches, 1)
+        if here.device.type == "cuda":
+            torch.cuda.synchronize()
+        model.zero_grad()
+        return time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        out_dir = Path(folder)
+        writer = checkpoints.Writer(out_dir, model, optimizer, s, data, here)
+        tensors = dict(zip(checkpoints.FILES, ({n: p.detach() for n, p in model.named_parameters()}, {}), strict=False))
+        tensors["optimizer.safetensors"] = own_state(model, optimizer)
+
+        def synchronous() -> float:
+            progress.step += 1
+            start = time.perf_counter()
+            checkpoints.write(out_dir, progress.step, tensors, writer.description)
+            return time.perf_counter() - start
+
+        times: dict[str, list[float]] = {
+            name: [] for name in ("synchronous", "gradient", "gradient_meanwhile", "pause")
+        }
+        for number in range(-WARM_UP, rounds):
+            waited = synchronous()
+            alone = gradient()
+            progress.step += 1
+            start = time.perf_counter()
+            writer.begin(progress)
+            pause = time.perf_counter() - start
+            meanwhile = gradient()
+            start = time.perf_counter()
+            writer.wait_for_copies()
+            pause += time.perf_counter() - start
+            writer.finish()
+            if writer.complaint:
+                raise errors.UserError(writer.complaint)
+            checkpoints.prune(out_dir, 1, None)
+            if number >= 0:
+                for name, value in zip(times, (waited, alone, meanwhile, pause), strict=True):
+                    times[name].append(value)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    worst = max(times["pause"])
+    return {f"seconds_{name}": value for name, value in seconds.items()} | {
+        "seconds_pause_worst": worst,
+        "pause_over_synchronous": seconds["pause"] / seconds["synchronous"],
+        "worst_pause_over_synchronous": worst / seconds["synchronous"],
+    }
+
+
 BENCHMARKS: dict[str, Callable] = {
     "optimizer": optimizer_benchmark,
     "curvature": curvature_benchmark,
     "loader": loader_benchmark,
     "tokenize": tokenize_benchmark,
+    "checkpoint": checkpoint_benchmark,
 }
 
 

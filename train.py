@@ -152,7 +152,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         writer.finish()
         if here.ranks.any(writer.complaint is not None):  # the others wait here for rank 0 to have written
             raise errors.MachineError(f"{writer.complaint}; {checkpoints.last_kept(folder.path)}")
-        if stopping:
+        if stopping and progress.step < s.max_iters:
             here.note(
                 f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose checkpoint"
                 f" is written; the same command with --init_from=auto goes on"

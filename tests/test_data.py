@@ -1,11 +1,13 @@
 """Tokens on disk and the batches made of them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, arguments, same_weights
+from conftest import TINY, arguments, last_checkpoint, same_weights, write_dataset
 
-from training import settings
+from training import settings, steps
 from training.batches import Ahead, Batches
 from training.data import Tokens, open_data, pairs
 from training.errors import RankError, UserError
@@ -92,3 +94,55 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
     assert ahead.take(2, 3) == 2
     with pytest.raises(RankError, match="bad token"):
         ahead.take(3, 4)
+
+
+@pytest.mark.parametrize("change", ["cut", "overwritten", "replaced"])
+def test_a_data_file_that_changes_during_a_run(train, refuses, tmp_path, monkeypatch, change):
+    """Writing to the open file ends the run; another file in its place is found out when the run is resumed."""
+    write_dataset(tmp_path / "data", range(200), range(100))
+    path = tmp_path / "data" / "train.bin"
+    correct = steps.accumulate_gradients
+
+    def changing(model, batches, step):
+        if step == 12:
+            backwards = np.fromfile(path, "<u2")[::-1].tobytes()
+            if change == "cut":
+                os.truncate(path, 100)
+            elif change == "overwritten":
+                path.write_bytes(backwards)
+            else:
+                (tmp_path / "other").write_bytes(backwards)
+                (tmp_path / "other").rename(path)
+        return correct(model, batches, step)
+
+    whole = train(tmp_path / "whole", dataset=tmp_path / "data")
+    monkeypatch.setattr(steps, "accumulate_gradients", changing)
+    if change == "replaced":
+        rows = train(tmp_path / "run", dataset=tmp_path / "data")
+        assert [row.get("train/loss") for row in rows] == [row.get("train/loss") for row in whole]
+    else:
+        with pytest.raises(RankError, match=r"train.bin was changed while it was being read"):
+            train(tmp_path / "run", dataset=tmp_path / "data")
+        assert last_checkpoint(tmp_path / "run").name == "step_00000010"
+    again = {"out_dir": tmp_path / "run", "init_from": "auto", "dataset": tmp_path / "data", "max_iters": 30}
+    refuses("is not the one that", **again)
+
+
+def test_the_fingerprint_tells_data_sets_apart(tmp_path):
+    """A data set is itself wherever it lies; a token more, or long runs of others, make it another."""
+    tokens = np.random.default_rng(0).integers(0, 256, 100_000)
+
+    def fingerprint(name, train, val):
+        write_dataset(tmp_path / name, train, val)
+        return open_data(f"{tmp_path}/{name}", 16).fingerprint()
+
+    same = [fingerprint(name, tokens, tokens[:999]) for name in ("a", "b")]
+    blank = tokens.copy()
+    blank[50_000:60_000] = 0
+    others = [
+        fingerprint("c", tokens, tokens[1:1000]),
+        fingerprint("d", tokens, tokens[:1000]),
+        fingerprint("e", blank, tokens[:999]),
+    ]
+    assert same[0] == same[1]
+    assert len({same[0], *others}) == 4

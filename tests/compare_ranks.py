@@ -23,7 +23,7 @@ def torchrun(ranks: int, fault: str, *runs: dict, **more) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
          str(TESTS / "ranks_worker.py"), fault, *(json.dumps(run, default=str) for run in runs)],
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}, text=True, timeout=500, **more,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=500, **more,
     )  # fmt: skip
 
 

@@ -3,10 +3,13 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the scripts beside this file
 
 from training import checkpoints, errors
 from training.settings import ROOT

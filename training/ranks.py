@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -112,14 +113,20 @@ class Ranks:
         """Who is missing, after an exchange failed on this rank: the ranks that do not come here as well."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, having noticed too, need not wait for the answer
         missing = set(range(self.count))
-        end = time.monotonic() + ROLL_CALL_SECONDS
-        try:
-            self.store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-            self.store.set(f"roll_call/{self.rank}", "here")
-            while missing and time.monotonic() < end:
-                missing -= {rank for rank in missing if self.store.check([f"roll_call/{rank}"])}
-                time.sleep(0.1)
-        except RuntimeError:
+
+        def call() -> None:
+            end = time.monotonic() + ROLL_CALL_SECONDS
+            with contextlib.suppress(RuntimeError):  # which leaves this rank missing, too
+                self.store.set(f"roll_call/{self.rank}", "here")
+                while missing and time.monotonic() < end:
+                    missing.difference_update([r for r in missing if self.store.check([f"roll_call/{r}"])])
+                    time.sleep(0.1)
+
+        # In a thread, because a store that is cut off keeps whoever asks it until TCP gives up, for 15 minutes.
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(ROLL_CALL_SECONDS + 1)
+        if self.rank in missing:
             return "the host that keeps the rendezvous cannot be reached"
         if not missing:
             return "an exchange between the ranks failed, though all of them answer"

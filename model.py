@@ -190,7 +190,8 @@ class GPT(nn.Module):
 
             paths = [hf_hub_download(name_or_folder, name) for name in ("config.json", "model.safetensors")]
         try:
-            hf = dict(json.loads(Path(paths[0]).read_text()))
+            with open(paths[0], "rb") as file:
+                hf = dict(json.loads(file.read(2**20)))
             weights = {name.removeprefix("transformer."): w for name, w in load_file(paths[1]).items()}
             config = GPTConfig(
                 block_size=block_size or hf["n_positions"],
@@ -202,12 +203,17 @@ class GPT(nn.Module):
                 bias=True,
                 scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
             )
+            sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+            if any(type(size) is not int or size < 1 for size in sizes):
+                raise ValueError(f"a size in config.json is not a whole number from 1: {sizes}")
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{name_or_folder} is damaged: {error}") from error
         if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
             raise ValueError(f"{name_or_folder} is not a GPT-2 model")
         if config.block_size > hf["n_positions"]:
             raise ValueError(f"{name_or_folder} has {hf['n_positions']} positions, fewer than block_size {block_size}")
+        if config.parameters > sum(weight.numel() for weight in weights.values()):
+            raise ValueError(f"{name_or_folder} is damaged: it lacks weights that its config.json tells of")
         model = cls(config)
         for name, parameter in model.named_parameters():
             if name not in weights:

@@ -186,7 +186,8 @@ def started_from(s: settings.Settings) -> str:
 
 
 def pretrained_model(s: settings.Settings, data: TokenData) -> GPT:
-    if not s.init_from.startswith("gpt2") and not Path(s.init_from).is_dir():
+    # os.path, unlike pathlib, takes what cannot be looked at for what is not there
+    if not s.init_from.startswith("gpt2") and not os.path.isdir(s.init_from):
         raise errors.UserError(
             f"init_from = {s.init_from!r}: must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder"
         )

@@ -268,6 +268,16 @@ def test_nothing_is_written_through_links(refuses, tmp_path, name):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "settings.json"])
+def test_a_folder_with_other_things_in_it_is_refused(refuses, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    if name == "checkpoints":
+        (tmp_path / "run" / name).write_text("x")
+    else:
+        os.mkfifo(tmp_path / "run" / name)
+    refuses(f"{name} is not of the kind", out_dir=tmp_path / "run", init_from="auto")
+
+
 def test_links_among_the_checkpoints_are_removed_and_not_followed(train, tmp_path):
     train(tmp_path / "run", max_iters=1)
     (tmp_path / "elsewhere").mkdir()

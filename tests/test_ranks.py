@@ -77,7 +77,6 @@ def test_a_rank_that_hangs_is_named(folder):
     assert "of 2 ranks, rank 1 on " in errors[0]
     assert "did not answer" in errors[0]
     assert "exitcode  : 4" in done.stderr
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
     assert last_checkpoint(folder / "hang").name == "step_00000002"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import OPTIMIZERS, TINY, arguments, last_checkpoint, listing, same_weights, write_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train as script
 from training import checkpoints
@@ -375,6 +375,11 @@ def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     (tmp_path / "model.safetensors").write_bytes(b"x")
     refuses("is damaged", init_from=tmp_path)
+    hostile = {"n_positions": 16, "vocab_size": 257, "n_layer": 10**9, "n_head": 1, "n_embd": 1, "model_type": "gpt2"}
+    save_file({"wte.weight": torch.zeros(257, 1)}, tmp_path / "model.safetensors")
+    for change in ({}, {"n_layer": 1, "n_head": 0}, {"n_embd": "1"}):
+        (tmp_path / "config.json").write_text(json.dumps(hostile | change))
+        refuses("is damaged", init_from=tmp_path)
     refuses("'scrach': must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder", init_from="scrach")
 
 

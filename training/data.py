@@ -160,7 +160,11 @@ def check_range(tokens: np.ndarray, vocab_size: int, name: str) -> None:
 def data_folder(dataset: str) -> Path:
     """The folder that a `dataset` setting names; UserError where there is no data set."""
     folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
-    if (folder / PROGRESS).exists() and not (folder / "meta.json").exists():
+    try:
+        unfinished = (folder / PROGRESS).exists() and not (folder / "meta.json").exists()
+    except OSError as error:
+        raise UserError(f"data set {dataset!r}: {error.strerror}") from None
+    if unfinished:
         raise UserError(f"data set {dataset!r} is not finished: start the command that was preparing {folder} again")
     missing = [f"{split}.bin" for split in ("train", "val") if not split_files(folder, split)]
     if missing:
@@ -176,7 +180,8 @@ def data_folder(dataset: str) -> Path:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a split, train.bin say; without it, its shards in the order of their names, *train_*.bin."""
     whole = folder / f"{split}.bin"
-    return [whole] if whole.is_file() else sorted(folder.glob(f"*{split}_*.bin"))
+    shards = (path for path in folder.glob(f"*{split}_*.bin") if path.is_file())
+    return [whole] if whole.is_file() else sorted(shards)
 
 
 def open_tokens(folder: Path, split: str) -> Tokens:

@@ -51,6 +51,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def one_line(message: str) -> str:
+    """The message as a terminal may be shown it: control characters escaped, the middle left out if it is very long."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return line if len(line) <= 2000 else f"{line[:1000]}…{line[-1000:]}"
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; a UserError ends the process with its line and its exit code, Ctrl-C with 130."""
     rank = os.environ.get("RANK", "0")
@@ -58,9 +64,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         elif isinstance(error, RankError):
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            print(f"error: rank {rank}: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

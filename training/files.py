@@ -51,7 +51,16 @@ def flush(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written to, without making it."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        existing = folder.absolute()
+        while not (existing.exists() or existing.is_symlink()):  # a link may lead nowhere
+            existing = existing.parent
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+        too_long = any(len(os.fsencode(name)) > longest for name in folder.parts)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {getattr(error, 'strerror', error)}") from None
+    if too_long:
+        raise UserError(f"{folder}: a name in it is longer than {longest} bytes")
     if not existing.is_dir():
         raise UserError(f"{folder}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

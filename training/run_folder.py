@@ -34,8 +34,11 @@ class RunFolder:
         s = self.settings
         check_writable(self.path)
         for name in ("checkpoints", metrics.FILE, SETTINGS, metrics.WANDB_ID, LOCK):
-            if (self.path / name).is_symlink():  # what a stranger packed could lead anywhere
-                raise UserError(f"{self.path / name} is a symbolic link: only out_dir itself may be one")
+            path = self.path / name
+            if path.is_symlink():  # what a stranger packed could lead anywhere
+                raise UserError(f"{path} is a symbolic link: only out_dir itself may be one")
+            if path.exists() and not (path.is_dir() if name == "checkpoints" else path.is_file()):
+                raise UserError(f"{path} is not of the kind that a run makes: choose another --out_dir")
         found = checkpoints.folders(self.path)
         if s.init_from == "resume" or (s.init_from == "auto" and found):
             if found and not s.eval_only:

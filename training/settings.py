@@ -151,7 +151,7 @@ def type_name(name: str) -> str:
 def check_name(name: str, where: str) -> None:
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-        raise UserError(f"unknown setting {name!r} in {where}; did you mean {near[0]!r}? (--help lists all)")
+        raise UserError(f"unknown setting {shorten(name)} in {where}; did you mean {near[0]!r}? (--help lists all)")
 
 
 def literal(name: str, text: str) -> Any:
@@ -301,15 +301,15 @@ def complete(settings: Settings) -> Settings:
 
     for name in "eval_interval log_interval keep_checkpoints n_head n_embd block_size".split():
         require(s, name, getattr(s, name) >= 1, "at least 1")
-    for name in "hessian_interval hessian_group_size max_iters lr_decay_iters timeout".split():
+    for name in "hessian_interval hessian_group_size max_iters lr_decay_iters".split():
         require(s, name, getattr(s, name) >= 1, "at least 1")
-    for name, largest in {"n_layer": 1000, "batch_size": 2**20, "micro_batch_size": 2**20}.items():
+    for name, largest in {"n_layer": 1000, "batch_size": 2**16, "micro_batch_size": 2**16, "timeout": 10**6}.items():
         require(s, name, 1 <= getattr(s, name) <= largest, f"from 1 to {largest}")
     for name in "eval_sequences learning_rate weight_decay grad_clip warmup_iters min_lr seed".split():
         require(s, name, getattr(s, name) >= 0, "at least 0")
     for name in ("dropout", "beta1", "beta2"):
         require(s, name, 0 <= getattr(s, name) < 1, "in [0, 1)")
-    require(s, "out_dir", s.out_dir != "", "a folder")
+    require(s, "out_dir", s.out_dir != "" and "\0" not in s.out_dir, "a folder")
     near = s.n_head * max(1, round(s.n_embd / s.n_head))
     require(s, "n_embd", s.n_embd % s.n_head == 0, f"a multiple of n_head = {s.n_head}, {near} for example")
     require(s, "min_lr", s.min_lr <= s.learning_rate or not s.decay_lr, f"at most learning_rate = {s.learning_rate}")

@@ -88,7 +88,7 @@ def test_a_killed_run_ends_bit_identical(tmp_path, ranks, kills):
 
 @pytest.mark.skipif(not two_hosts.available(), reason="needs root and network namespaces")
 def test_two_hosts(tmp_path):
-    two_hosts.run(tmp_path)
+    assert two_hosts.run(tmp_path, timeout=5).resumed_from > 0
 
 
 def test_tensors_cross_the_network_in_pieces():

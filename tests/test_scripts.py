@@ -70,11 +70,13 @@ def test_plot_refuses_a_picture_it_cannot_write(refused, call, train, tmp_path):
             ["gnb_over_train", "hutchinson_over_train", "overhead_sophiah_32", "overhead_sophiag_240",
              "overhead_sophiag_averaged_32"],
         ),
+        ("checkpoint", ["pause_over_synchronous", "worst_pause_over_synchronous"]),
     ],
 )  # fmt: skip
-def test_bench_prints_its_ratios(call, benchmark, keys):
+def test_bench_prints_its_ratios(call, tmp_path, benchmark, keys):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 4, "compile": False}
-    result = json.loads(call(bench, benchmark, "--rounds=1", "--json", "--device=cpu", *arguments(**shape)))
+    options = ["--rounds=1", "--json", "--device=cpu", f"--out_dir={tmp_path}"]
+    result = json.loads(call(bench, benchmark, *options, *arguments(**shape)))
     assert all(result[key] == result[key] for key in keys)  # numbers, none of them NaN
     assert all(value > 0 for key, value in result.items() if key.startswith("seconds_"))
     if benchmark == "optimizer":

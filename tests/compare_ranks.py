@@ -21,7 +21,8 @@ MICRO_BATCH_SIZES = {1: 4, 2: 3, 3: 2, 4: 1}
 def torchrun(ranks: int, fault: str, *runs: dict, **more) -> subprocess.CompletedProcess:
     """tests/ranks_worker.py on so many ranks."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=2", f"--nproc_per_node={ranks}",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=2", 
+         f"--nproc_per_node={ranks}",
          str(TESTS / "ranks_worker.py"), fault, *(json.dumps(run, default=str) for run in runs)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=500, **more,
     )  # fmt: skip

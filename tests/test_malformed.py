@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import train as script
 from training import errors, settings
 from training.errors import UserError
+from training.files import MAX_BYTES
 
 SECONDS = 20  # which no refusal takes
 LONGEST_LINE = 5000
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
     (folder / "file").write_text("not a folder")
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "fifo")
-    (folder / "big.py").write_text("n_layer = 1\n" * (settings.MAX_CONFIG_BYTES // 10))
+    (folder / "big.py").write_text("n_layer = 1\n" * (MAX_BYTES // 10))
     for here, there in (("a", "b"), ("b", "a")):
         (folder / f"cycle_{here}.py").write_text(f"include = 'cycle_{there}.py'\n")
     for number in range(settings.MAX_INCLUDES + 1):

@@ -7,7 +7,7 @@ from typing import Any
 
 from training.errors import UserError
 
-MAX_JSON_BYTES = 2**20
+MAX_BYTES = 2**20  # of a file that somebody wrote by hand, or a program in a few lines
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,13 +30,13 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of a regular file of at most MAX_JSON_BYTES; OSError or ValueError for anything else."""
+    """The bytes of a regular file, not longer than MAX_BYTES; OSError or ValueError for anything else."""
     if path.exists() and not path.is_file():
-        raise ValueError("not a file")  # to open a pipe or a device may wait, or never end
+        raise ValueError("not a regular file")  # to read a pipe or a device may take forever
     with open(path, "rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES} bytes")
     return content
 
 

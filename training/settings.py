@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import math
 import operator
-import stat
 import sys
 import textwrap
 import types
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.errors import UserError
+from training.files import read_small
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,15 +197,11 @@ OPERATORS = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-MAX_CONFIG_BYTES = 1_000_000
 MAX_BITS = 4096  # of a number on the way to a value
-MAX_INCLUDES = 8  # files that include each other, deep
-MAX_FILES = 20  # that a config file includes, and these include, and so on
+MAX_INCLUDES = 20  # files that a config file includes, and these include, and so on
 
 
-def read_config(
-    path: Path, known: dict[str, Any] | None = None, depth: int = 0, files: list[Path] | None = None
-) -> dict[str, Any]:
+def read_config(path: Path, known: dict[str, Any] | None = None, files: list[Path] | None = None) -> dict[str, Any]:
     """The assignments of a config file: `name = value`, a value being a literal or arithmetic on numbers and on names
     assigned before (`known` or in this file). `include = "other.py"` takes over another file's, relative to this one.
     The file is read as data: nothing in it is executed.
@@ -224,12 +220,10 @@ def read_config(
         if name == "include":
             if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
                 raise UserError(f"{where}: include must be the name of a config file, in quotes")
-            if depth == MAX_INCLUDES:
-                raise UserError(f"{where}: includes are nested deeper than {MAX_INCLUDES}")
             files.append(path.parent / node.value.value)
-            if len(files) > MAX_FILES:
-                raise UserError(f"{where}: more than {MAX_FILES} files are included")
-            values |= read_config(files[-1], known | values, depth + 1, files)
+            if len(files) > MAX_INCLUDES:
+                raise UserError(f"{where}: more than {MAX_INCLUDES} files are included, by each other perhaps")
+            values |= read_config(files[-1], known | values, files)
             continue
         check_name(name, where)
         try:
@@ -243,13 +237,7 @@ def read_config(
 def parse(path: Path) -> ast.Module:
     """The syntax tree of a config file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe or a device may take forever
-            raise UserError(f"config file {path}: not a regular file")
-        with open(path, "rb") as file:
-            source = file.read(MAX_CONFIG_BYTES + 1)
-        if len(source) > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} is no config file: it is larger than {MAX_CONFIG_BYTES} bytes")
-        text = source.decode("utf-8-sig")
+        text = read_small(path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"config file {path}: {getattr(error, 'strerror', error)}") from None
     try:

@@ -71,7 +71,10 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         folder.begin(progress.step)
     writer = checkpoints.Writer(folder.path, model, optimizer, s, data, here)
     kept_steps = progress.step if resumed else -1
-    with Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics, preemption.Preemption() as signals:
+    with (
+        Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics,
+        preemption.Preemption(here.note) as signals,
+    ):
 
         def evaluate() -> float:
             progress.val_loss = steps.validation_loss(compiled, batches)

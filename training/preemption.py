@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
@@ -13,8 +14,9 @@ class Preemption:
     the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
+        self.note = note  # shows a line
 
     def __enter__(self) -> "Preemption":
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -25,6 +27,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not self.asked:
+            self.asked = signal.Signals(number).name
+            self.note(f"{self.asked}: finishing the step, then writing a checkpoint")
+        elif number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
-        self.asked = self.asked or signal.Signals(number).name

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MAX_LAYERS = 1000  # a file that tells of more was made to waste memory
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -204,9 +206,9 @@ class GPT(nn.Module):
                 scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
             )
             sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-            if any(type(size) is not int or size < 1 for size in sizes):
-                raise ValueError(f"a size in config.json is not a whole number from 1: {sizes}")
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+            if any(type(size) is not int or size < 1 for size in sizes) or config.n_layer > MAX_LAYERS:
+                raise ValueError(f"impossible sizes in config.json: {sizes}")
+        except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
             raise ValueError(f"{name_or_folder} is damaged: {error}") from error
         if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
             raise ValueError(f"{name_or_folder} is not a GPT-2 model")

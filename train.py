@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,6 +38,7 @@ def main() -> None:
 def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: checkpoints.Checkpoint | None) -> None:
     """The run, of which rank 0 alone reads and writes the folder; `resumed` is the checkpoint it found there."""
     here = machine.set_up(s)
+    check_same_job(s, data, here)
     torch.manual_seed(s.seed)
     resumed = here.ranks.share(resumed)
     model = initial_model(s, data, resumed)
@@ -68,18 +68,18 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         here.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
         return
     if here.ranks.is_main:
-        folder.begin(progress.step)
-    writer = checkpoints.Writer(folder.path, model, optimizer, s, data, here)
+        folder.begin(resumed)
     kept_steps = progress.step if resumed else -1
     with (
         Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics,
+        checkpoints.Writer(folder.path, model, optimizer, s, data, here) as writer,
         preemption.Preemption(here.note) as signals,
     ):
 
         def evaluate() -> float:
             progress.val_loss = steps.validation_loss(compiled, batches)
             if not math.isfinite(progress.val_loss):
-                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, folder.path)
+                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, writer)
             if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
             return progress.val_loss
@@ -87,6 +87,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         if not resumed:
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate()})
             writer.begin(progress)
+            writer.finish_or_fail()  # what cannot be written now will hardly be written later
 
         tokens_per_step = s.batch_size * s.block_size
         recent = []  # (loss, gradient norm) of this rank and gradient norm, on the device, since the last row
@@ -104,8 +105,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
             part = steps.accumulate_gradients(compiled, batches, step)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
             writer.wait_for_copies()
-            with here.ranks.exchanging():
-                optimizer.step()
+            optimizers.step(optimizer, here.ranks)
             optimizer.zero_grad()
             recent.append(torch.cat((part, grad_norm.view(1))))
 
@@ -121,7 +121,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
             for earlier, (loss, norm) in enumerate(window):
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     what = f"the training loss is {loss}, its gradient's norm {norm}{culprits(parts[:, earlier], here)}"
-                    raise divergence(what, step - len(window) + 1 + earlier, folder.path)
+                    raise divergence(what, step - len(window) + 1 + earlier, writer)
             seconds = time.perf_counter() - started
             speed = len(window) * tokens_per_step / seconds
             peak = here.peak_flops()
@@ -152,9 +152,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
                 break
             started, waited = time.perf_counter(), batches.seconds_waited
 
-        writer.finish()
-        if here.ranks.any(writer.complaint is not None):  # the others wait here for rank 0 to have written
-            raise errors.MachineError(f"{writer.complaint}; {checkpoints.last_kept(folder.path)}")
+        writer.finish_or_fail()
         if stopping and progress.step < s.max_iters:
             here.note(
                 f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose checkpoint"
@@ -227,14 +225,24 @@ def culprits(parts: torch.Tensor, here: machine.Machine) -> str:
     return f", because of {', '.join(map(here.ranks.name, bad))} alone: is that device in order?"
 
 
-def divergence(what: str, step: int, out_dir: Path) -> errors.Diverged:
+def divergence(what: str, step: int, writer: checkpoints.Writer) -> errors.Diverged:
+    writer.finish()
     return errors.Diverged(
-        f"{what} at step {step}: stopped; {checkpoints.last_kept(out_dir)}; try a lower learning_rate or, with Sophia,"
-        f" a higher rho"
+        f"{what} at step {step}: stopped; {checkpoints.last_kept(writer.out_dir)}; try a lower learning_rate or, with"
+        f" Sophia, a higher rho"
     )
 
 
+def check_same_job(s: settings.Settings, data: TokenData, here: machine.Machine) -> None:
+    """Refuse a rank that was started with other settings or other data than rank 0."""
+    mine = dataclasses.asdict(s) | {"the data set's fingerprint": data.fingerprint()}
+    for name, value in here.ranks.share(mine).items():
+        if mine[name] != value:
+            raise errors.RankError(f"{name} = {mine[name]!r}, but rank 0 was started with {value!r}")
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = errors.Unbreakable(sys.stdout), errors.Unbreakable(sys.stderr)
     errors.run(main)
     # Not after a failure: with a rank lost, leaving in good order could wait for it for ever.
     if dist.is_initialized():

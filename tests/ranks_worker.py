@@ -34,11 +34,12 @@ def with_fault(model, batches, step):
 
 
 fault, *runs = sys.argv[1:]
-if fault != "none":
+if fault in ("hang", "nan"):
     steps.accumulate_gradients = with_fault
 torch.set_num_threads(1)
 for run in runs:
-    sys.argv = ["train.py", *arguments(**json.loads(run))]
+    other = {"seed": 1} if fault == "other" and os.environ["RANK"] == "1" else {}
+    sys.argv = ["train.py", *arguments(**json.loads(run) | other)]
     errors.run(train.main)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -36,7 +36,7 @@ def checkpoint(train, tmp_path):
     return last_checkpoint(tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["missing", "reshaped", "stranger"])
+@pytest.mark.parametrize("damage", ["missing", "reshaped", "renamed", "stranger"])
 def test_refuses_an_impossible_optimizer_state(checkpoint, refuses, tmp_path, damage):
     path = checkpoint / "optimizer.safetensors"
     state = load_file(path)
@@ -44,6 +44,8 @@ def test_refuses_an_impossible_optimizer_state(checkpoint, refuses, tmp_path, da
         state = {key: value for key, value in state.items() if not key.startswith("wte.weight")}
     elif damage == "reshaped":
         state["wte.weight/exp_avg"] = state["wte.weight/exp_avg"][:5].clone()
+    elif damage == "renamed":
+        state = {key.replace("exp_avg_sq", "hessian"): value for key, value in state.items()}
     else:
         state["wte.bias/exp_avg"] = state["wte.weight/exp_avg"][:5].clone()
     save_file(state, path)
@@ -60,6 +62,8 @@ def test_refuses_an_impossible_optimizer_state(checkpoint, refuses, tmp_path, da
         {"model": {"n_layer": "x"}},
         {"model": {"n_head": 0}},
         {"model": {"n_layer": 10**9}},
+        {"model": {"n_layer": 20_000, "n_embd": 1, "n_head": 1}},
+        {"settings": {"optimizer": "sgd"}},
         {"model": {"n_embd": 2**30}},
         {"progress": {"step": "x"}},
         {"progress": {"seconds": "x"}},
@@ -148,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_does_not_end_the_run(train, 
     printed = capsys.readouterr().err
     assert "warning: the checkpoint of step 10 could not be written: " in printed
     assert "File too large" in printed
-    assert "the run goes on, the last good checkpoint is" in printed
+    assert "; the run goes on" in printed
     assert [folder.name for folder in sorted((tmp_path / "run/checkpoints").iterdir())] == [
         "step_00000000",
         "step_00000020",
@@ -165,7 +169,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(train, tmp_path, m
             return real(out_dir, step, *rest)
 
     monkeypatch.setattr(checkpoints, "write", on_a_full_disk)
-    with pytest.raises(script.errors.MachineError, match=r"step 20 could not be.*File too large.*step_00000010"):
+    with pytest.raises(script.errors.Unwritten, match=r"step 20 could not be.*File too large.*step_00000010"):
         train(tmp_path)
 
 
@@ -232,8 +236,9 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(train, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waiting", "not waiting, as a control"])
-def test_the_update_waits_for_the_copies(train, tmp_path, monkeypatch, waits):
-    options = {"optimizer": "sophiag", "hessian_interval": 1, "keep_checkpoints": 5}
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiag"])
+def test_the_update_waits_for_the_copies(train, tmp_path, monkeypatch, waits, optimizer):
+    options = {"optimizer": optimizer, "hessian_interval": 1, "keep_checkpoints": 5}
     train(tmp_path / "plain", **options)
     real, slow = checkpoints.Writer._copy, threading.Event()
 
@@ -255,11 +260,17 @@ def test_two_runs_do_not_write_to_one_folder(train, refuses, tmp_path):
         refuses("another run is writing to", out_dir=tmp_path / "run", init_from="auto", max_iters=2)
     assert train(tmp_path / "run", init_from="auto", max_iters=2)[-1]["step"] == 2
     (tmp_path / "new").mkdir()
+    folder = script.RunFolder(script.settings.read([f"--out_dir={tmp_path / 'new'}"]))
+    assert folder.checkpoint() is None
+    train(tmp_path / "new", max_iters=1)
+    with folder, pytest.raises(script.errors.UserError, match="another run has written to"):
+        folder.begin(None)
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
     with filelock.FileLock(tmp_path / "new" / ".lock"), pytest.raises(script.errors.UserError, match="another run is"):
         train(tmp_path / "new", max_iters=2)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "settings.json", "wandb_run_id", ".lock"])
+@pytest.mark.parametrize("name", ["checkpoints", "wandb", "metrics.jsonl", "settings.json", "wandb_run_id", ".lock"])
 def test_nothing_is_written_through_links(refuses, tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
@@ -278,6 +289,15 @@ def test_a_folder_with_other_things_in_it_is_refused(refuses, tmp_path, name):
     refuses(f"{name} is not of the kind", out_dir=tmp_path / "run", init_from="auto")
 
 
+def test_a_scratch_file_is_not_written_through_a_link(train, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl.tmp").symlink_to(tmp_path / "precious")
+    train(tmp_path / "run", max_iters=1)
+    assert (tmp_path / "precious").read_text() == "x"
+    assert not (tmp_path / "run/metrics.jsonl").is_symlink()
+
+
 def test_links_among_the_checkpoints_are_removed_and_not_followed(train, tmp_path):
     train(tmp_path / "run", max_iters=1)
     (tmp_path / "elsewhere").mkdir()
@@ -294,3 +314,33 @@ def test_a_checkpoint_holds_what_the_model_is(checkpoint):
         config = script.dataclasses.replace(config, bias=bias)
         assert config.parameters == sum(parameter.numel() for parameter in script.GPT(config).parameters())
     assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, dataset):
+    command = [sys.executable, "train.py", *arguments(**TINY | {"dataset": dataset, "out_dir": tmp_path / "run"})]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert last_checkpoint(tmp_path / "run").name == "step_00000020"
+
+
+def test_a_first_checkpoint_that_cannot_be_written_ends_the_run(train, tmp_path):
+    with (
+        largest_file(10_000),
+        pytest.raises(script.errors.Unwritten, match="step 0 could.*there is no checkpoint"),
+    ):
+        train(tmp_path)
+
+
+def test_a_diverged_run_tells_of_the_checkpoint_that_was_being_written(train, tmp_path, monkeypatch):
+    real, late = checkpoints.write, threading.Event()
+
+    def slow(out_dir, step, *rest):
+        late.wait(0.5 if step else 0)
+        return real(out_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoints, "write", slow)
+    disaster = {"learning_rate": 1e38, "min_lr": 0.0, "grad_clip": 0.0, "warmup_iters": 11, "max_iters": 20}
+    with pytest.raises(script.errors.Diverged) as error:
+        train(tmp_path, **disaster, eval_interval=1)
+    assert str(last_checkpoint(tmp_path)) in str(error.value)

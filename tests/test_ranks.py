@@ -80,6 +80,13 @@ def test_a_rank_that_hangs_is_named(folder):
     assert last_checkpoint(folder / "hang").name == "step_00000002"
 
 
+def test_a_rank_with_other_settings_is_refused(folder):
+    settings = SETTINGS | {"dataset": folder / "data", "out_dir": folder / "other", "micro_batch_size": 3}
+    done = torchrun(2, "other", settings, capture_output=True)
+    assert "error: rank 1: seed = 1, but rank 0 was started with 1337" in done.stderr
+    assert not (folder / "other" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (3, 2)])
 def test_a_killed_run_ends_bit_identical(tmp_path, ranks, kills):
     runs, _ = run_with_kills(tmp_path, kills, ranks)

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, MAX_LAYERS, GPTConfig
 from training.data import TokenData
-from training.errors import UserError, warn
+from training.errors import Unwritten, UserError, is_out_of_memory, warn
 from training.files import flush, parse_object, read_small, write_json
 from training.machine import Machine
-from training.optimizers import gather_state, own_part, own_state
+from training.optimizers import STATE, gather_state, own_part, own_state
 from training.settings import Settings, shorten
 from training.tokenizers import TOKENIZERS
 
@@ -57,7 +57,7 @@ class Writer:
         …                          the next gradient needs them as they are
         writer.wait_for_copies()   before the next update
         …
-        writer.finish()            before the process ends
+        writer.finish()            before the process ends, which leaving it as a context does, too
 
     The copies, as large as weights and optimizer state together, stay in the host's memory from one checkpoint to the
     next. An optimizer that is shared out over the ranks is gathered, and copied, within `begin`.
@@ -87,6 +87,12 @@ class Writer:
         self._written: Future | None = None
         self._copies: dict[str, dict[str, Tensor]] = {name: {} for name in FILES[:2]}
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
     def begin(self, progress: Progress) -> None:
         """Start with the checkpoint of a step. Waits for the one before to be written."""
         self.finish()
@@ -111,6 +117,13 @@ class Writer:
             self.complaint = self._written.result()
             self._written = None
 
+    def finish_or_fail(self) -> None:
+        """On all ranks: wait until the checkpoint that was begun is on the disk; Unwritten where it failed."""
+        self.finish()
+        complaint = self.machine.ranks.share(self.complaint)
+        if complaint:
+            raise Unwritten(f"{complaint}; {last_kept(self.out_dir)}")
+
     def _copy(self, file: str, name: str, tensor: Tensor) -> None:
         copies = self._copies[file]
         if name not in copies:
@@ -119,20 +132,29 @@ class Writer:
 
     def _copy_and_write(self, progress: Progress, weights: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
         try:
-            for file, tensors in zip(FILES, (weights, state), strict=False):
-                for name, tensor in tensors.items():
-                    self._copy(file, name, tensor)
-        finally:
-            self._copied.set()
-        complaint = None
-        description = {"progress": dataclasses.asdict(progress)} | self.description
-        try:
-            write(self.out_dir, progress.step, self._copies, description)
-            prune(self.out_dir, self.keep, progress.best_step)
-        except (OSError, SafetensorError) as error:  # a full disk, say, is no reason to lose the run
+            try:
+                for file, tensors in zip(FILES, (weights, state), strict=False):
+                    for name, tensor in tensors.items():
+                        self._copy(file, name, tensor)
+            finally:
+                self._copied.set()
+            write(
+                self.out_dir,
+                progress.step,
+                self._copies,
+                {"progress": dataclasses.asdict(progress)} | self.description,
+            )
+        except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
-            warn(f"{complaint}; the run goes on, {last_kept(self.out_dir)}")
-        return complaint
+            warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
+            return complaint
+        try:
+            prune(self.out_dir, self.keep, progress.best_step)
+        except OSError as error:
+            warn(f"older checkpoints could not be removed: {error}")
+        return None
 
 
 def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
@@ -236,7 +258,8 @@ class Checkpoint:
             if tensor.dim() and tensor.shape != shapes[name]:
                 raise Damaged(f"{self.folder} is damaged: the optimizer state {path[:80]!r} has another shape")
             kinds.setdefault(name, set()).add(key)
-        if len(set(map(frozenset, kinds.values()))) > 1 or len(kinds) != (len(shapes) if self.progress.step else 0):
+        expected = STATE[self.settings["optimizer"]]
+        if any(keys != expected for keys in kinds.values()) or len(kinds) != (len(shapes) if self.progress.step else 0):
             raise Damaged(f"{self.folder} is damaged: its optimizer state is incomplete")
         return state
 
@@ -287,10 +310,12 @@ def read(folder: Path) -> Checkpoint:
     if not (
         all(map(has_its_types, (config, progress)))
         and all(0 < size < 2**31 for size in sizes)
+        and config.n_layer <= MAX_LAYERS
         and config.n_embd % config.n_head == 0
         and checkpoint.tokenizer in list(TOKENIZERS)
         and progress.step == step_of(folder)
         and type(checkpoint.settings) is dict
+        and checkpoint.settings.get("optimizer") in list(STATE)
     ):
         raise Damaged(f"{path} is damaged: its values are impossible")
     expected = 4 * config.parameters

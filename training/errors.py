@@ -1,10 +1,11 @@
 """Errors that are the user's to mend: one clear line and an exit code, never a traceback."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -16,11 +17,17 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """A UserError that need not strike every rank, so the rank it strikes says so itself."""
+    """A UserError that need not strike every rank of a machine, so the rank it strikes says so itself."""
 
 
 class MachineError(RankError):
-    """A rank that is lost, or a last checkpoint that cannot be written. Exit code 4."""
+    """Some ranks are lost; each of the others says which. Exit code 4."""
+
+    exit_code = 4
+
+
+class Unwritten(UserError):
+    """A checkpoint that the run cannot do without could not be written. Exit code 4."""
 
     exit_code = 4
 
@@ -39,6 +46,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
+
+
+class Unbreakable(io.TextIOBase):
+    """A stream that is written to for as long as somebody reads it. A terminal that is closed, or the `tee` that Ctrl-C
+    ends together with the run, is no reason to lose a run.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable, *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def warn(text: str) -> None:
@@ -65,7 +96,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         if rank == "0":
             print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
-        elif isinstance(error, RankError):
+        elif isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: rank {rank}: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from training import ranks
 from training.errors import RankError, UserError
@@ -50,7 +51,7 @@ class Machine:
 
     def note(self, text: str) -> None:
         if self.ranks.is_main:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)  # which keeps clear of a progress bar
 
 
 def find_device(name: str) -> torch.device:

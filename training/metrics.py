@@ -74,6 +74,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
     scratch = path.with_name(path.name + ".tmp")
     try:
+        scratch.unlink(missing_ok=True)  # it may be a link, which is not to be followed
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
@@ -88,7 +89,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] + 0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a row of metrics") from None

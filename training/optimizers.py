@@ -1,5 +1,6 @@
 """The optimizer that the settings name, its state over the ranks, and the learning-rate schedule."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,14 @@ from sophia import SophiaG, SophiaH
 from training.machine import Machine
 from training.ranks import Ranks
 from training.settings import Settings
+
+# What each optimizer remembers of a parameter
+STATE = {
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "lion": {"exp_avg"},
+    "sophiah": {"exp_avg", "hessian"},
+    "sophiag": {"exp_avg", "hessian"},
+}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,6 +55,12 @@ def make_optimizer(model: nn.Module, settings: Settings, machine: Machine) -> to
 def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer of the parameters that this rank updates: of all, unless they are shared out."""
     return getattr(optimizer, "optim", optimizer)
+
+
+def step(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """One update; the ranks that share out the parameters then send each other what they updated."""
+    with contextlib.nullcontext() if own_part(optimizer) is optimizer else ranks.exchanging():
+        optimizer.step()
 
 
 def update_hessian(optimizer: torch.optim.Optimizer, params: list[Tensor], estimate: list[Tensor]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import FrameType
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Preemption:
-    """Within this context SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step: `asked` names
-    the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
+    """Within this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, for the loop to stop after its step: `asked`
+    names the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -19,7 +19,9 @@ class Preemption:
         self.note = note  # shows a line
 
     def __enter__(self) -> "Preemption":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # one that is ignored stays so, as SIGHUP under nohup
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

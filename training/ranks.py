@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import MachineError
+from training.errors import MachineError, is_out_of_memory
 
 PIECE = 2**25  # elements that cross the network together
 ROLL_CALL_SECONDS = 10
@@ -107,6 +107,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # which all errors of torch.distributed are
+            if is_out_of_memory(error):
+                raise
             raise MachineError(f"{self._roll_call()} ({short(error)})") from error
 
     def _roll_call(self) -> str:
@@ -176,15 +178,20 @@ def meet(store: dist.Store, rank: int, count: int, timeout: int) -> dist.Store:
     everyone = range(count)
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        arrivals = store.multi_get([f"arrived/{rank}" for rank in everyone])
-        seen = hashlib.sha256(b"".join(arrivals)).hexdigest()
-        store.set(f"seen/{rank}", seen)
-        others = store.multi_get([f"seen/{rank}" for rank in everyone])
-        missing = [rank for rank in everyone if others[rank].decode() != seen]
+        missing = [other for other in everyone if not store.check([f"arrived/{other}"])]
         if not missing:
-            return dist.PrefixStore(seen, store)
+            arrivals = store.multi_get([f"arrived/{other}" for other in everyone])
+            seen = hashlib.sha256(b"".join(arrivals)).hexdigest()
+            store.set(f"seen/{rank}", seen)
+            missing = [
+                other
+                for other in everyone
+                if not store.check([f"seen/{other}"]) or store.get(f"seen/{other}").decode() != seen
+            ]
+            if not missing:
+                return dist.PrefixStore(seen, store)
         time.sleep(0.05)
-    raise RuntimeError(f"rank {', '.join(map(str, missing))} of {count} did not arrive")
+    raise RuntimeError(f"of {count} ranks, rank {', '.join(map(str, missing))} did not arrive")
 
 
 def short(error: Exception) -> str:

@@ -32,12 +32,13 @@ class RunFolder:
         nothing but the lock of a folder with a run in it.
         """
         s = self.settings
-        check_writable(self.path)
-        for name in ("checkpoints", metrics.FILE, SETTINGS, metrics.WANDB_ID, LOCK):
+        if not s.eval_only:
+            check_writable(self.path)
+        for name in ("checkpoints", "wandb", metrics.FILE, SETTINGS, metrics.WANDB_ID, LOCK):
             path = self.path / name
             if path.is_symlink():  # what a stranger packed could lead anywhere
                 raise UserError(f"{path} is a symbolic link: only out_dir itself may be one")
-            if path.exists() and not (path.is_dir() if name == "checkpoints" else path.is_file()):
+            if path.exists() and not (path.is_dir() if name in ("checkpoints", "wandb") else path.is_file()):
                 raise UserError(f"{path} is not of the kind that a run makes: choose another --out_dir")
         found = checkpoints.folders(self.path)
         if s.init_from == "resume" or (s.init_from == "auto" and found):
@@ -52,12 +53,15 @@ class RunFolder:
             )
         return None
 
-    def begin(self, step: int) -> None:
-        """Make the folder ready for the updates after `step`."""
+    def begin(self, resumed: checkpoints.Checkpoint | None) -> None:
+        """Make the folder ready for the updates after `resumed`, or for those of a new run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
-            checkpoints.set_aside(self.path, step)
+            if resumed:
+                checkpoints.set_aside(self.path, resumed.progress.step)
+            elif checkpoints.folders(self.path):
+                raise UserError(f"another run has written to {self.path} meanwhile: start again")
             write_json(self.path / SETTINGS, dataclasses.asdict(self.settings))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written to: {error.strerror or error}") from None
@@ -67,5 +71,7 @@ class RunFolder:
             self._lock.acquire()
         except filelock.Timeout:
             raise UserError(
-                f"another run is writing to {self.path}: stop it first, or take another --out_dir"
+                f"another run is writing to {self.path}: stop it first, or choose another --out_dir"
             ) from None
+        except OSError as error:
+            raise UserError(f"{self.path / LOCK} cannot be locked: {error.strerror or error}") from None

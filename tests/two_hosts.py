@@ -35,7 +35,7 @@ RENDEZVOUS = ("static", "c10d")  # how the two torchruns meet
 SHORT = {"batch_size": 12, "micro_batch_size": 3, "optimizer": "sophiag"}
 LONG = SHORT | {"max_iters": 300, "eval_interval": 20}
 START_SECONDS = 120  # for all that is not training: imports, on a busy machine
-MARGIN = 30  # beyond the time-out, until both torchruns have ended: 10 s of it are the roll call
+MARGIN = 20  # beyond the time-out, until both torchruns have ended
 ERROR = re.compile(r"error: .*(?:did not answer|cannot be reached).*")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from training.errors import MachineError, is_out_of_memory
 
 PIECE = 2**25  # elements that cross the network together
-ROLL_CALL_SECONDS = 10
+ROLL_CALL_SECONDS = 10  # or half of the time-out, of which it is the last part
 
 
 def environment() -> tuple[int, int]:
@@ -39,6 +39,7 @@ class Ranks:
     count: int = 1
     hosts: tuple[str, ...] = ()  # of each rank
     store: dist.Store | None = None
+    roll_call_seconds: float = ROLL_CALL_SECONDS
     group: dist.ProcessGroup | None = None  # for tensors on the device; the default group is the hosts' own
 
     @property
@@ -117,7 +118,7 @@ class Ranks:
         missing = set(range(self.count))
 
         def call() -> None:
-            end = time.monotonic() + ROLL_CALL_SECONDS
+            end = time.monotonic() + self.roll_call_seconds
             with contextlib.suppress(RuntimeError):  # which leaves this rank missing, too
                 self.store.set(f"roll_call/{self.rank}", "here")
                 while missing and time.monotonic() < end:
@@ -127,7 +128,7 @@ class Ranks:
         # In a thread, because a store that is cut off keeps whoever asks it until TCP gives up, for 15 minutes.
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        thread.join(ROLL_CALL_SECONDS + 1)
+        thread.join(self.roll_call_seconds)
         if self.rank in missing:
             return "the host that keeps the rendezvous cannot be reached"
         if not missing:
@@ -155,19 +156,20 @@ def join(device: torch.device, backend: str, timeout: int) -> Ranks:
     rank, count = environment()
     if count == 1:
         return Ranks()
-    patience = timedelta(seconds=timeout)
+    roll_call_seconds = min(ROLL_CALL_SECONDS, timeout / 2)
+    whole, patience = timedelta(seconds=timeout), timedelta(seconds=timeout - roll_call_seconds)
     try:
-        store = meet(next(dist.rendezvous("env://", rank, count, timeout=patience))[0], rank, count, timeout)
+        store = meet(next(dist.rendezvous("env://", rank, count, timeout=whole))[0], rank, count, timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
         group = None
         if device.type == "cuda" and backend != "gloo":
             # the exchange between the hosts is to fail first, as it can tell whom it waited for
-            group = dist.new_group(backend="nccl", timeout=2 * patience)
+            group = dist.new_group(backend="nccl", timeout=2 * whole)
         hosts: list[str] = [""] * count
         dist.all_gather_object(hosts, socket.gethostname())
     except (ValueError, RuntimeError) as error:
         raise MachineError(f"the ranks could not meet within {timeout} s: {short(error)}") from None
-    return Ranks(rank, count, tuple(hosts), store, group)
+    return Ranks(rank, count, tuple(hosts), store, roll_call_seconds, group)
 
 
 def meet(store: dist.Store, rank: int, count: int, timeout: int) -> dist.Store:

@@ -111,11 +111,10 @@ def curvature_benchmark(arguments: list[str], here: machine.Machine, rounds: int
     arguments = [*arguments, f"--hessian_batch_size={size}"]
     model = make_model(first, here)
     params = list(model.parameters())
-    compiled = torch.compile(model, dynamic=False) if here.compile else model
     training = Batches(random_tokens(first), first, here)
 
     def train() -> None:
-        steps.accumulate_gradients(compiled, training, 1)
+        steps.accumulate_gradients(model, training, 1)
         model.zero_grad()
 
     passes: dict[str, Callable] = {"train": train}
@@ -155,12 +154,11 @@ def loader_benchmark(arguments: list[str], here: machine.Machine, rounds: int) -
     s = read(arguments)
     batches = Batches(open_data(s.dataset, s.block_size), s, here)
     model = make_model(s, here)
-    compiled = torch.compile(model, dynamic=False) if here.compile else model
     constant = Batches(random_tokens(s), s, here)
     numbers = itertools.count(1)
 
     def train() -> None:
-        steps.accumulate_gradients(compiled, constant, 1)
+        steps.accumulate_gradients(model, constant, 1)
         model.zero_grad()
 
     def load() -> None:
@@ -212,7 +210,6 @@ def checkpoint_benchmark(arguments: list[str], here: machine.Machine, rounds: in
     optimizer = make_optimizer(model, s, here)
     updater(optimizer)()
     model.zero_grad()
-    compiled = torch.compile(model, dynamic=False) if here.compile else model
     data = random_tokens(s)
     batches = Batches(data, s, here)
     progress = checkpoints.Progress()
@@ -222,7 +219,7 @@ def checkpoint_benchmark(arguments: list[str], here: machine.Machine, rounds: in
 
     def gradient() -> float:
         start = time.perf_counter()
-        steps.accumulate_gradients(compiled, batches, 1)
+        steps.accumulate_gradients(model, batches, 1)
         if here.device.type == "cuda":
             torch.cuda.synchronize()
         model.zero_grad()
@@ -284,6 +281,8 @@ def make_model(s: Settings, here: machine.Machine) -> GPT:
     vocab_size = random_tokens(s).padded_vocab_size
     model = GPT(GPTConfig(s.block_size, vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
     model.checkpoint_activations = s.checkpoint_activations
+    if here.compile:
+        model.compile(dynamic=False)
     return model.to(here.device)
 
 

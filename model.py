@@ -5,7 +5,7 @@ Letters in the shape comments: B sequences, T tokens a sequence, C = n_embd chan
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 MAX_LAYERS = 1000  # a file that tells of more was made to waste memory
+SHORT = 256  # tokens, up to which PyTorch's fused attention in bfloat16 on a CPU is slower than a plain one
+# Logits that the loss has in memory at a time: on a CPU what its caches can hold for the most part, on a GPU enough to
+# keep it busy.
+CPU_LOGITS, LOGITS = 2**25, 2**28
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,12 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
         q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, C / n_head)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
+            past = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            scores = torch.where(past, (q @ k.mT).float() * self.scale, -math.inf)  # (B, n_head, T, T)
+            y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -85,6 +94,75 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the output head, which never has the logits of all positions in memory: as the gradient of
+    a sum is the sum of gradients, each part's is taken at once, and its logits are forgotten.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        draw: Callable | None,
+        head_pass: Callable,
+        learning: bool,
+    ) -> Tensor:
+        """hidden (N, C), weight (V, C), targets (…, N); `draw` as for GPT.forward; `head_pass`: the function below, or
+        what torch.compile makes of it. Gradients are computed if `learning`.
+        """
+        N, device = len(hidden), hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)  # once for all parts
+        count = torch.full((), N, device=hidden.device) if draw else (targets >= 0).sum()
+        scale = 1 / count.to(torch.promote_types(hidden.dtype, torch.float32))
+        d_weight = torch.zeros_like(weight) if learning else None
+        least = -(-N * len(weight) // (CPU_LOGITS if device == "cpu" else LOGITS))
+        parts = next(parts for parts in range(least, N + 1) if N % parts == 0)  # equal ones: one shape to compile for
+        results = [
+            head_pass(part, low_weight, given, draw, scale, d_weight)
+            for part, given in zip(low_hidden.chunk(parts), targets.chunk(parts, dim=-1), strict=True)
+        ]
+        losses, labels, d_hidden = zip(*results, strict=True)
+        if learning:
+            ctx.save_for_backward(hidden, weight, torch.cat(labels), torch.cat(d_hidden).to(hidden.dtype), d_weight)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, d_hidden, d_weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative: the plain way, which has one
+            hidden, weight = hidden.view_as(hidden), weight.view_as(weight)  # hidden may depend on the same weight
+            loss = token_cross_entropy(F.linear(hidden, weight), labels)
+            d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+        return gradient * d_hidden, gradient * d_weight, None, None, None, None
+
+
+def head_pass(
+    hidden: Tensor, weight: Tensor, targets: Tensor, draw: Callable | None, scale: Tensor, d_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For some of the positions, hidden (n, C): their loss times `scale`, their labels (n,) and the gradient (n, C) by
+    `hidden`. That by `weight` is added to `d_weight`; where that is None there are no gradients.
+    """
+    logits = F.linear(hidden, weight)  # (n, V)
+    labels = draw(logits, targets) if draw else targets
+    kept = (labels >= 0).unsqueeze(-1)
+    wide = logits.to(scale.dtype)
+    peak = wide.amax(dim=-1, keepdim=True)
+    masses = (wide - peak).exp()
+    total = masses.sum(dim=-1, keepdim=True)
+    losses = total.log() + peak - wide.gather(-1, labels.clamp_min(0).unsqueeze(-1))
+    loss = losses.where(kept, 0).sum() * scale
+    if d_weight is None:
+        return loss, labels, None
+    true = labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)
+    d_logits = ((masses / total - true.to(wide.dtype)) * (kept * scale)).to(hidden.dtype)
+    d_weight += d_logits.t() @ hidden
+    return loss, labels, d_logits @ weight
+
+
 class GPT(nn.Module):
     """The model. Its parameters have the names that Hugging Face's GPT-2 gives them, without the prefix `transformer.`;
     the output head is the token embedding itself (tied), so it has no parameter of its own.
@@ -93,6 +171,7 @@ class GPT(nn.Module):
     """
 
     checkpoint_activations = False
+    head_pass = staticmethod(head_pass)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -111,6 +190,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def compile(self, **options) -> None:
+        """torch.compile, in place, the blocks and the head, apart: so all losses share the compiled blocks."""
+        self.hidden = torch.compile(self.hidden, **options)
+        self.head_pass = torch.compile(self.head_pass, **options)
+
     def hidden(self, idx: Tensor) -> Tensor:
         """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers."""
         T = idx.shape[1]
@@ -122,12 +206,18 @@ class GPT(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_activations else block(x)
         return self.ln_f(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, draw: Callable | None = None) -> Tensor:
         """Logits (B, T, V) for tokens `idx` (B, T); with `targets` (B, T), instead their mean cross-entropy in nats,
         a float32 scalar (float64 for a float64 model). A target of -1 is left out of the mean.
+
+        The targets may depend on the logits: `draw(logits, targets)`, called with (n, V) and (…, n) for parts of the
+        positions, returns (n,); `targets` are then (…, B, T) of what it needs.
         """
-        logits = F.linear(self.hidden(idx), self.wte.weight)
-        return logits if targets is None else token_cross_entropy(logits, targets)
+        hidden = self.hidden(idx)
+        if targets is None:
+            return F.linear(hidden, self.wte.weight)
+        positions, targets, learning = hidden.flatten(0, 1), targets.flatten(-2), torch.is_grad_enabled()
+        return HeadLoss.apply(positions, self.wte.weight, targets, draw, self.head_pass, learning)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step (forward and backward) per token of a full block: 6 per

@@ -56,13 +56,13 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         del state
     progress = resumed.progress if resumed else checkpoints.Progress(started_from=started_from(s))
     batches = Batches(data, s, here)
-    compiled = torch.compile(model, dynamic=False) if here.compile else model
     curvature = Curvature(model, s, here, batches)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if here.compile:
+        model.compile(dynamic=False)
 
     describe(s, here, model, data, progress, changes)
     if s.eval_only:
-        here.note(f"validation loss {steps.validation_loss(compiled, batches):.4f} at step {progress.step}")
+        here.note(f"validation loss {steps.validation_loss(model, batches):.4f} at step {progress.step}")
         return
     if progress.step >= s.max_iters:
         here.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
@@ -77,7 +77,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
     ):
 
         def evaluate() -> float:
-            progress.val_loss = steps.validation_loss(compiled, batches)
+            progress.val_loss = steps.validation_loss(model, batches)
             if not math.isfinite(progress.val_loss):
                 raise divergence(f"the validation loss is {progress.val_loss}", progress.step, writer)
             if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
@@ -90,24 +90,11 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
 
         tokens_per_step = s.batch_size * s.block_size
-        recent = []  # (loss, gradient norm) of this rank and gradient norm, on the device, since the last row
+        recent = []  # what the updates since the last row returned, still on the device
         stopping = False
         started, waited = time.perf_counter(), batches.seconds_waited
         for step in range(progress.step + 1, s.max_iters + 1):
-            lr = optimizers.learning_rate(s, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if curvature.is_due(step):
-                estimate = curvature.estimate(step, params)
-                writer.wait_for_copies()
-                optimizers.update_hessian(optimizer, params, estimate)
-                del estimate
-            part = steps.accumulate_gradients(compiled, batches, step)
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
-            writer.wait_for_copies()
-            optimizers.step(optimizer, here.ranks)
-            optimizer.zero_grad()
-            recent.append(torch.cat((part, grad_norm.view(1))))
+            recent.append(steps.update(step, model, optimizer, batches, curvature, writer.wait_for_copies))
 
             stopping = here.ranks.any(signals.asked is not None)
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
@@ -135,7 +122,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
                         "step": step,
                         "tokens": step * tokens_per_step,
                         "seconds": progress.seconds,
-                        "lr": lr,
+                        "lr": optimizers.learning_rate(s, step),
                         "train/loss": window[-1][0],
                         "val/loss": evaluate() if evaluating else None,
                         "grad_norm": window[-1][1],

@@ -22,9 +22,8 @@ class Curvature:
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
-        self.sampled_loss, self.add_loss_curvature = sampled_loss, add_loss_curvature
+        self.add_loss_curvature = add_loss_curvature
         if machine.compile:
-            self.sampled_loss = torch.compile(sampled_loss, dynamic=False)
             self.add_loss_curvature = torch.compile(add_loss_curvature, dynamic=False)
 
     def is_due(self, step: int) -> bool:
@@ -70,7 +69,7 @@ class Curvature:
 
     def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         with self.machine.autocast():
-            loss = self.sampled_loss(self.model, x, uniforms)
+            loss = self.model(x, uniforms, draw=labels_from_uniforms)
         return torch.autograd.grad(loss, params)
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
@@ -94,12 +93,6 @@ class Curvature:
         self.machine.ranks.sum(products)
         torch._foreach_mul_(products, directions)
         return products
-
-
-def sampled_loss(model: GPT, x: Tensor, uniforms: Tensor) -> Tensor:
-    """Mean cross-entropy against labels drawn from the model's own softmax, for Gauss-Newton-Bartlett."""
-    logits = model(x)
-    return token_cross_entropy(logits, labels_from_uniforms(logits.detach(), uniforms))
 
 
 def add_squares(total: list[Tensor], tensors: tuple[Tensor, ...], weight: float) -> None:
@@ -127,7 +120,7 @@ def add_loss_curvature(
     """Add weight * H u of the training loss at the weights `point` to `total`."""
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, weights, (x, y))
+        return token_cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
 
     for name, product in hessian_vector_product(loss, point, directions).items():
         total[name].add_(product, alpha=weight)

@@ -1,14 +1,48 @@
-"""The two things a loop does with its batches: gradients of the training loss, and the validation loss."""
+"""What a loop does with its batches: an update of the weights, and the validation loss."""
+
+import math
+from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from training import randomness
+from model import GPT
+from training import optimizers, randomness
 from training.batches import Batches
+from training.curvature import Curvature
 
 
-def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tensor:
+def update(
+    step: int,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    curvature: Curvature,
+    before_change: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Update `step` (from 1) of the weights, in which nothing waits for the device. `before_change` is called before
+    weights or optimizer state change. Returns, float32 (3,) on the device, this rank's part of the loss, the norm of
+    its part of the gradient (0 if it is the only rank), and the norm of the gradient before clipping.
+    """
+    settings, ranks = batches.settings, batches.machine.ranks
+    lr = optimizers.learning_rate(settings, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if curvature.is_due(step):
+        estimate = curvature.estimate(step, params)
+        before_change()
+        optimizers.update_hessian(optimizer, params, estimate)
+        del estimate
+    part = accumulate_gradients(model, batches, step)
+    norm = torch.nn.utils.clip_grad_norm_(params, settings.grad_clip or math.inf)
+    before_change()
+    optimizers.step(optimizer, ranks)
+    optimizer.zero_grad()
+    return torch.cat((part, norm.view(1)))
+
+
+def accumulate_gradients(model: GPT, batches: Batches, step: int) -> Tensor:
     """Add the gradient of the mean loss over the batch of update `step`, of all ranks, to the parameters' .grad.
     Returns this rank's part of that loss and the norm of its part of the gradient, float32 (2,) on the device. The
     parts of the loss add up over the ranks to the batch's.
@@ -31,7 +65,7 @@ def accumulate_gradients(model: nn.Module, batches: Batches, step: int) -> Tenso
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, batches: Batches) -> float:
+def validation_loss(model: GPT, batches: Batches) -> float:
     """Mean cross-entropy in nats over the fixed validation blocks, which the ranks share."""
     machine = batches.machine
     wide = torch.float32 if machine.device.type == "mps" else torch.float64

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common import make_model, random_tokens
 from benchmarks.speed import Contender, our_step
-from model import CPU_LOGITS, LOGITS
+from model import LOGITS
 from training import errors, machine
 from training.batches import Batches
 from training.optimizers import STATE
@@ -20,13 +20,12 @@ BFLOAT16 = 2  # bytes
 
 def memory_benchmark(options: Namespace, arguments: list[str], here: machine.Machine) -> dict:
     """The largest micro-batch for GPUS, computed from the tensors that the compiled model keeps for its backward pass;
-    on CUDA also the largest one that runs. On a CPU the computed bytes stand beside the measured ones of a step.
+    on CUDA also the largest one that runs.
     """
-    s = read(arguments)
-    fixed, sequence = computed(s, here)
-    result = {"fixed_bytes": fixed + 2 * BFLOAT16 * LOGITS, "bytes_per_sequence": sequence}
+    fixed, sequence = computed(read(arguments), here)
+    result = {"fixed_bytes": fixed, "bytes_per_sequence": sequence}
     for size in GPUS:
-        room = (1 - RESERVE) * size * 1e9 - result["fixed_bytes"]
+        room = (1 - RESERVE) * size * 1e9 - fixed - 2 * BFLOAT16 * LOGITS
         result[f"micro_batch_size_{size}_GB_computed"] = max(int(room / sequence), 0)
     if here.device.type == "cuda":
         largest, failed = 0, 0  # double until one fails, then halve the gap
@@ -38,13 +37,6 @@ def memory_benchmark(options: Namespace, arguments: list[str], here: machine.Mac
             else:
                 largest, result["peak_bytes"] = size, peak
         result["micro_batch_size_measured"] = largest
-    else:
-        one, other = (peak_of_steps(arguments, size * s.micro_batch_size) for size in (1, 2))
-        if one is None or other is None:
-            raise errors.UserError(f"micro_batch_size = {2 * s.micro_batch_size}: too much for the memory here")
-        computed_bytes = fixed + 2 * BFLOAT16 * CPU_LOGITS + s.micro_batch_size * sequence
-        result |= {"peak_bytes": one, "peak_bytes_computed": computed_bytes}
-        result["bytes_per_sequence_measured"] = (other - one) / s.micro_batch_size
     return result
 
 
@@ -64,18 +56,29 @@ def computed(s: Settings, here: machine.Machine) -> tuple[int, int]:
     """Bytes that a step takes whatever its micro-batch, without the logits, and bytes for each of its sequences.
 
     Weights, gradients and optimizer state are 4 bytes an entry. What is kept for the backward pass is linear in the
-    number of layers and of sequences, so that models of one and two layers tell it for all.
+    number of layers and of sequences, so that models of one and two layers tell it for all. With checkpoints the
+    activations of one layer come on top.
     """
-    (one, two), (one_more, two_more) = (
-        [kept_for_backward(dataclasses.replace(s, n_layer=layers, micro_batch_size=size), here) for layers in (1, 2)]
-        for size in (1, 2)
-    )
-    each, each_more = two - one, two_more - one_more  # of a layer
-    at_one, at_two = one + (s.n_layer - 1) * each, one_more + (s.n_layer - 1) * each_more
-    sequence = at_two - at_one
+    fixed, sequence, layer, layer_sequence = kept_by_part(s, here)
+    fixed, sequence = fixed + s.n_layer * layer, sequence + s.n_layer * layer_sequence
+    if s.checkpoint_activations:
+        *_, layer, layer_sequence = kept_by_part(dataclasses.replace(s, checkpoint_activations=False), here)
+        fixed, sequence = fixed + layer, sequence + layer_sequence
     weights = make_model(s, machine.Machine(torch.device("meta"), here.dtype, False)).config.parameters
-    entries = len(STATE[s.optimizer] - {"step"}) + 2
-    return 4 * entries * weights + at_one - sequence, sequence
+    return 4 * (len(STATE[s.optimizer] - {"step"}) + 2) * weights + fixed, sequence
+
+
+def kept_by_part(s: Settings, here: machine.Machine) -> tuple[int, int, int, int]:
+    """Bytes kept for the backward pass: in any case, for a sequence, for a layer, for a layer and sequence."""
+    bytes_of = {
+        (layers, size): kept_for_backward(dataclasses.replace(s, n_layer=layers, micro_batch_size=size), here)
+        for layers in (1, 2)
+        for size in (1, 2)
+    }
+    layer_and_sequence = bytes_of[2, 2] - bytes_of[2, 1] - bytes_of[1, 2] + bytes_of[1, 1]
+    layer = bytes_of[2, 1] - bytes_of[1, 1] - layer_and_sequence
+    sequence = bytes_of[1, 2] - bytes_of[1, 1] - layer_and_sequence
+    return bytes_of[1, 1] - sequence - layer - layer_and_sequence, sequence, layer, layer_and_sequence
 
 
 def kept_for_backward(s: Settings, here: machine.Machine) -> int:

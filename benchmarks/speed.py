@@ -165,6 +165,11 @@ def profile_benchmark(options: Namespace, arguments: list[str], here: machine.Ma
     """Shares of the operations in the time of `--rounds` steps without an estimate, and the share in which none ran:
     no kernel on CUDA, no operator or compiled kernel on a CPU.
     """
+    if options.trace:
+        try:
+            options.trace.touch()
+        except OSError as error:
+            raise errors.UserError(f"--trace {options.trace} cannot be written: {error.strerror}") from None
     step, here = our_step(arguments)
     for _ in range(WARM_UP):
         step(False)
@@ -176,10 +181,7 @@ def profile_benchmark(options: Namespace, arguments: list[str], here: machine.Ma
         synchronize(here)
         microseconds = (time.perf_counter_ns() - start) / 1000
     if options.trace:
-        try:
-            profile.export_chrome_trace(str(options.trace))
-        except (OSError, RuntimeError) as error:
-            raise errors.UserError(f"--trace {options.trace} cannot be written: {error}") from None
+        profile.export_chrome_trace(str(options.trace))
     device = DeviceType.CUDA if here.device.type == "cuda" else DeviceType.CPU
     events = [event for event in profile.events() if event.device_type == device and not event.is_user_annotation]
     if device == DeviceType.CPU:  # the rest are Python's and autograd's own

@@ -1,11 +1,17 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model as model_file
 from model import GPT, GPTConfig
+from training.machine import has_compiler
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
+SHALLOW = replace(TINY, n_layer=1)
 
 
 def hugging_face(**settings):
@@ -62,15 +68,113 @@ def test_loss_is_the_mean_over_targets_that_are_not_minus_one():
     assert torch.allclose(model(idx, targets), torch.stack(kept).mean())
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """A float64 model whose head works on 8 of 32 positions at a time, tokens, and targets some of which are -1."""
+    monkeypatch.setattr(model_file, "CPU_LOGITS", 8 * TINY.vocab_size)
+    torch.manual_seed(0)
+    model = GPT(SHALLOW).double()
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # a model with preferences
+    idx, targets = torch.randint(64, (2, 2, 16))
+    targets[0, 3:9] = -1
+    return model, idx, targets
+
+
+def plain_loss(model, idx, targets):
+    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def gradients(loss, model, **options):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), **options)])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_in_parts_has_the_value_and_the_gradient_of_the_whole(in_parts, compile):
+    model, idx, targets = in_parts
+    expected = plain_loss(model, idx, targets)
+    if compile:
+        if not has_compiler(torch.device("cpu")):
+            pytest.skip("no compiler here")
+        torch.compiler.reset()
+        model.compile(dynamic=False)
+    loss = model(idx, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradients(3 * loss, model), gradients(3 * expected, model), rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert model(idx, targets).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_no_part_of_a_loss_has_more_logits_than_allowed(in_parts, monkeypatch):
+    model, idx, targets = in_parts
+    sizes = []
+
+    def counting(hidden, *others):
+        sizes.append(len(hidden))
+        return model_file.head_pass(hidden, *others)
+
+    monkeypatch.setattr(model, "head_pass", counting)
+    model(idx, targets)
+    model(idx[:, :11], targets[:, :11])  # 22 positions, which 3 does not divide
+    assert sizes == [8] * 4 + [2] * 11
+
+
+def test_a_loss_in_parts_has_a_second_derivative(in_parts):
+    model, idx, targets = in_parts
+    direction = torch.randn(SHALLOW.parameters, dtype=torch.float64)
+    products = []
+    for loss_of in (model, lambda *given: plain_loss(model, *given)):
+        with sdpa_kernel(SDPBackend.MATH):
+            gradient = gradients(loss_of(idx, targets), model, create_graph=True)
+        products.append(gradients(gradient @ direction, model))
+    torch.testing.assert_close(*products, rtol=1e-9, atol=1e-9)
+
+
+def test_targets_may_depend_on_the_logits(in_parts):
+    model, idx, targets = in_parts
+    given = torch.stack((targets, torch.randint(64, targets.shape)))  # (2, B, T)
+
+    def draw(logits, given):
+        return (logits.argmax(dim=-1) + given[1]) % 64
+
+    labels = (model(idx).argmax(dim=-1) + given[1]) % 64
+    drawn, expected = model(idx, given, draw), plain_loss(model, idx, labels)
+    assert drawn.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradients(drawn, model), gradients(expected, model), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_short_attention_in_bfloat16_is_that_of_longer_contexts(monkeypatch, scaled):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16, scale_attn_by_inverse_layer_idx=scaled
+    )
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    idx = torch.randint(64, (4, 16))
+    exact = model(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = model(idx)
+        monkeypatch.setattr(model_file, "SHORT", 0)
+        long = model(idx)
+    errors = [(logits.float() - exact).norm() / exact.norm() for logits in (short, long)]
+    assert not torch.equal(short, long)
+    assert errors[0] < 0.02 and errors[0] < 1.5 * errors[1]
+
+
 def test_a_token_sees_only_what_came_before():
     torch.manual_seed(0)
     model = GPT(TINY)
     idx = torch.randint(64, (1, 16))
     changed = idx.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 64
-    before, after = model(idx), model(changed)
-    assert torch.equal(before[0, :10], after[0, :10])
-    assert not torch.allclose(before[0, 10:], after[0, 10:])
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            before, after = model(idx), model(changed)
+        assert torch.equal(before[0, :10], after[0, :10])
+        assert not torch.allclose(before[0, 10:], after[0, 10:])
 
 
 def test_initialisation_is_gpt2s():

@@ -1,17 +1,21 @@
 """sample.py, plot.py and the data scripts, as a user calls them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import arguments
 
 import bench
 import plot
 import sample
-from training.settings import ROOT
+from benchmarks import memory
+from training.machine import Machine
+from training.settings import ROOT, read
 from training.tokenizers import TOKENIZERS
 
 
@@ -94,8 +98,93 @@ def test_bench_of_the_loader_and_of_the_preparation(call, dataset, vocabulary, r
     assert "--text FILE" in refused(lambda: call(bench, "tokenize"))
 
 
+SMALL = arguments(n_layer=1, n_head=2, n_embd=8, block_size=8, micro_batch_size=2, compile=False, device="cpu")
+PEER = """
+import torch
+from dataclasses import dataclass
+from sophia import SophiaG
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.t()
+        if isinstance(targets, int):
+            return logits, None
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, optimizer_name, weight_decay, learning_rate, betas, rho, device_type):
+        print("a line that must not get into the JSON")
+        return SophiaG(self.parameters(), learning_rate)
+"""
+PEERS_SOPHIA = """
+import torch
+
+class SophiaG(torch.optim.SGD):
+    def step(self, bs):
+        assert bs == 2 * 8
+        super().step()
+
+    def update_hessian(self):
+        assert all(p.grad is not None for group in self.param_groups for p in group["params"])
+"""
+
+
+def test_bench_train_compares_a_peer_with_the_step_of_training(call, refused, tmp_path):
+    (tmp_path / "model.py").write_text(PEER)
+    assert "is no checkout" in refused(lambda: call(bench, "train", *SMALL, "--peer", tmp_path / "nowhere"))
+    (tmp_path / "sophia.py").write_text(PEERS_SOPHIA)
+    options = ["--rounds=2", "--json", "--optimizer=sophiag", "--peer", tmp_path]
+    result = json.loads(call(bench, "train", *SMALL, *options))
+    same = f"{tmp_path.name}_same"
+    for name in ("ours", same, f"{tmp_path.name}_as_it_runs"):
+        assert result[f"tokens_per_second_{name}"] == pytest.approx(16 / result[f"seconds_{name}"])
+        mean = 0.9 * result[f"seconds_plain_{name}"] + 0.1 * result[f"seconds_with_estimate_{name}"]
+        assert result[f"seconds_{name}"] == pytest.approx(mean)
+        assert result[f"seconds_to_first_step_{name}"] > result[f"seconds_{name}"]
+    assert result[f"speed_over_{same}"] == result[f"seconds_{same}"] / result["seconds_ours"]
+    assert 0 < result["mfu_of_matmul_rate_ours"] < 1
+
+
+def test_bench_profile_tells_where_the_time_goes(call, refused, tmp_path):
+    options = ["--rounds=2", "--json", *SMALL]
+    result = json.loads(call(bench, "profile", *options, "--trace", tmp_path / "trace.json"))
+    shares = [share for name, share in result.items() if name.startswith("share ")]
+    assert 0 < result["idle_share"] < 1
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 1 - result["idle_share"] + 1e-6
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    unwritable = tmp_path / "nowhere" / "trace.json"
+    assert "cannot be written" in refused(lambda: call(bench, "profile", *options, "--trace", unwritable))
+
+
+def test_bench_memory_is_linear_in_layers_and_sequences(call):
+    result = json.loads(call(bench, "memory", "--json", *SMALL))
+    assert result["micro_batch_size_80_GB_computed"] > result["micro_batch_size_24_GB_computed"] > 0
+    s = read([*SMALL, "--n_layer=4"])
+    here = Machine(torch.device("cpu"), torch.float32, compile=False)
+    fixed, sequence = memory.computed(s, here)
+    weights = memory.make_model(s, here).config.parameters
+    kept = memory.kept_for_backward(dataclasses.replace(s, micro_batch_size=5), here)
+    assert kept == pytest.approx(fixed - 4 * 4 * weights + 5 * sequence, rel=1e-3)
+    checkpointed = memory.computed(dataclasses.replace(s, checkpoint_activations=True), here)
+    assert checkpointed[1] < 0.6 * sequence
+
+
 def test_bench_refuses_what_it_does_not_know(call, refused):
-    assert "invalid choice: 'memory'" in refused(lambda: call(bench, "memory"))
+    assert "invalid choice: 'speed'" in refused(lambda: call(bench, "speed"))
     assert "did you mean 'n_layer'" in refused(lambda: call(bench, "optimizer", "--n_layr=3"))
 
 

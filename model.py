@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 MAX_LAYERS = 1000  # a file that tells of more was made to waste memory
-SHORT = 256  # tokens, up to which PyTorch's fused attention in bfloat16 on a CPU is slower than a plain one
-# Logits that the loss has in memory at a time: on a CPU what its caches can hold for the most part, on a GPU enough to
-# keep it busy.
+SHORT = 256  # tokens, up to which a CPU trains in bfloat16 faster with plain attention than with PyTorch's fused one
+# Logits that a loss has in memory at a time; on GPUs, where products want to be large: not measured
 CPU_LOGITS, LOGITS = 2**25, 2**28
 
 
@@ -112,55 +111,68 @@ class HeadLoss(torch.autograd.Function):
         """hidden (N, C), weight (V, C), targets (…, N); `draw` as for GPT.forward; `head_pass`: the function below, or
         what torch.compile makes of it. Gradients are computed if `learning`.
         """
-        N, device = len(hidden), hidden.device.type
+        (N, _), V, device = hidden.shape, len(weight), hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)  # once for all parts
-        count = torch.full((), N, device=hidden.device) if draw else (targets >= 0).sum()
-        scale = 1 / count.to(torch.promote_types(hidden.dtype, torch.float32))
-        d_weight = torch.zeros_like(weight) if learning else None
-        least = -(-N * len(weight) // (CPU_LOGITS if device == "cpu" else LOGITS))
-        parts = next(parts for parts in range(least, N + 1) if N % parts == 0)  # equal ones: one shape to compile for
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=wide) if learning else None
+        parts = max(1, math.ceil(N * V / (CPU_LOGITS if device == "cpu" else LOGITS)))
+        size = math.ceil(N / parts)
         results = [
-            head_pass(part, low_weight, given, draw, scale, d_weight)
-            for part, given in zip(low_hidden.chunk(parts), targets.chunk(parts, dim=-1), strict=True)
+            head_pass(part, low_weight, given, draw, wide, d_weight)
+            for part, given in zip(low_hidden.split(size), targets.split(size, dim=-1), strict=True)
         ]
         losses, labels, d_hidden = zip(*results, strict=True)
+        labels = torch.cat(labels)
+        scale = 1 / (labels >= 0).sum().to(wide)
         if learning:
-            ctx.save_for_backward(hidden, weight, torch.cat(labels), torch.cat(d_hidden).to(hidden.dtype), d_weight)
-        return torch.stack(losses).sum()
+            finite = scale.nan_to_num(posinf=0)  # without a label the loss is nan, its gradient 0, as F.cross_entropy's
+            ctx.save_for_backward(hidden, weight, labels, finite, torch.cat(d_hidden), d_weight)
+        return torch.stack(losses).sum() * scale
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, d_hidden, d_weight = ctx.saved_tensors
+        hidden, weight, labels, scale, d_hidden, d_weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative: the plain way, which has one
-            hidden, weight = hidden.view_as(hidden), weight.view_as(weight)  # hidden may depend on the same weight
+            # as inputs of their own, since hidden may depend on the same weight
+            hidden, weight = (
+                x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (hidden, weight)
+            )
             loss = token_cross_entropy(F.linear(hidden, weight), labels)
             d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
-        return gradient * d_hidden, gradient * d_weight, None, None, None, None
+        else:
+            gradient = gradient * scale
+        return (gradient * d_hidden).to(hidden.dtype), (gradient * d_weight).to(weight.dtype), None, None, None, None
 
 
 def head_pass(
-    hidden: Tensor, weight: Tensor, targets: Tensor, draw: Callable | None, scale: Tensor, d_weight: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    draw: Callable | None,
+    wide: torch.dtype,
+    d_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For some of the positions, hidden (n, C): their loss times `scale`, their labels (n,) and the gradient (n, C) by
-    `hidden`. That by `weight` is added to `d_weight`; where that is None there are no gradients.
+    """For some of the positions, hidden (n, C): the sum of their losses in the format `wide`, their labels (n,), and
+    the sum's gradient (n, C) by `hidden`. That by `weight` is added to `d_weight`; where that is None there are none.
     """
-    logits = F.linear(hidden, weight)  # (n, V)
+    logits = F.linear(hidden, weight).to(wide)  # (n, V)
     labels = draw(logits, targets) if draw else targets
-    kept = (labels >= 0).unsqueeze(-1)
-    wide = logits.to(scale.dtype)
-    peak = wide.amax(dim=-1, keepdim=True)
-    masses = (wide - peak).exp()
+    kept = (labels >= 0).to(wide).unsqueeze(-1)  # (n, 1), like the next three
+    index = labels.clamp_min(0).unsqueeze(-1)
+    peak = logits.amax(dim=-1, keepdim=True)
+    masses = (logits - peak).exp_()
     total = masses.sum(dim=-1, keepdim=True)
-    losses = total.log() + peak - wide.gather(-1, labels.clamp_min(0).unsqueeze(-1))
-    loss = losses.where(kept, 0).sum() * scale
+    loss = ((total.log() + peak - logits.gather(-1, index)) * kept).sum()
     if d_weight is None:
         return loss, labels, None
-    true = labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)
-    d_logits = ((masses / total - true.to(wide.dtype)) * (kept * scale)).to(hidden.dtype)
+    del logits
+    # by a logit: its softmax, less 1 if it is the label's, which needs no matrix product
+    d_logits = masses.mul_(kept / total).to(hidden.dtype)
     d_weight += d_logits.t() @ hidden
-    return loss, labels, d_logits @ weight
+    d_weight.index_add_(0, index.squeeze(-1), hidden * -kept)
+    return loss, labels, d_logits @ weight - kept * weight[index.squeeze(-1)]
 
 
 class GPT(nn.Module):
@@ -191,9 +203,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile(self, **options) -> None:
-        """torch.compile, in place, the blocks and the head, apart: so all losses share the compiled blocks."""
+        """torch.compile, in place, the blocks and the head, apart: so all losses share the compiled blocks. Copies of
+        the model, and `generate`, whose lengths change, are not compiled.
+        """
         self.hidden = torch.compile(self.hidden, **options)
         self.head_pass = torch.compile(self.head_pass, **options)
+
+    def __getstate__(self) -> dict:
+        # what is compiled belongs to this very model
+        return {name: value for name, value in super().__getstate__().items() if name not in ("hidden", "head_pass")}
 
     def hidden(self, idx: Tensor) -> Tensor:
         """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers."""
@@ -211,13 +229,16 @@ class GPT(nn.Module):
         a float32 scalar (float64 for a float64 model). A target of -1 is left out of the mean.
 
         The targets may depend on the logits: `draw(logits, targets)`, called with (n, V) and (…, n) for parts of the
-        positions, returns (n,); `targets` are then (…, B, T) of what it needs.
+        positions, returns (n,); `targets` are then (…, B, T) of what it needs. The loss can be differentiated twice by
+        torch.autograd; for torch.func's transforms, take `token_cross_entropy` of the logits.
         """
-        hidden = self.hidden(idx)
+        hidden, weight = self.hidden(idx), self.wte.weight
         if targets is None:
-            return F.linear(hidden, self.wte.weight)
-        positions, targets, learning = hidden.flatten(0, 1), targets.flatten(-2), torch.is_grad_enabled()
-        return HeadLoss.apply(positions, self.wte.weight, targets, draw, self.head_pass, learning)
+            return F.linear(hidden, weight)
+        if targets.shape[-2:] != idx.shape:
+            raise ValueError(f"targets of shape {tuple(targets.shape)} for tokens of shape {tuple(idx.shape)}")
+        learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(-2), draw, self.head_pass, learning)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step (forward and backward) per token of a full block: 6 per
@@ -242,7 +263,7 @@ class GPT(nn.Module):
         forgotten.
         """
         for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
+            last = GPT.hidden(self, idx[:, -self.config.block_size :])[:, -1]  # (B, C); never compiled
             logits = F.linear(last, self.wte.weight).float()  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -323,6 +344,6 @@ class GPT(nn.Module):
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of `targets` (B, T) under `logits` (B, T, V), in float32 or wider; -1 is left out."""
+    """Mean cross-entropy in nats of `targets` (…) under `logits` (…, V), in float32 or wider; -1 is left out."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, -2).to(wide), targets.flatten(), ignore_index=-1)

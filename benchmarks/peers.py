@@ -15,6 +15,7 @@ from training import errors, machine
 from training.settings import read
 
 NOTES = [
+    "nanoGPT's optimizer is AdamW and the released Sophia's is Sophia-G, whatever ours is",
     "as_it_runs: float32 without torch.compile, as nanoGPT runs on a CPU; same: the format and the compilation of ours",
     "a peer's batch is on the device already, where ours is read and copied",
     "nanoGPT's AdamW is fused on CUDA alone, ours everywhere",

@@ -22,6 +22,7 @@ from training.settings import read
 
 TOP = 12  # operations that a profile lists
 
+NO_ROOM = "no room"
 Step = Callable[[bool], None]  # an update of the weights; with an estimate of curvature if told so
 
 
@@ -39,6 +40,10 @@ def our_step(arguments: list[str]) -> tuple[Step, machine.Machine]:
         numbers[due] += s.hessian_interval
 
     return step, here
+
+
+class NoRoom(errors.UserError):
+    pass
 
 
 class Contender:
@@ -70,13 +75,27 @@ class Contender:
 
     def _answer(self):
         try:
-            return self.pipe.recv()
+            answer = self.pipe.recv()
         except EOFError:
             self.process.join()
             raise errors.UserError("a step failed, for the reason above") from None
+        if answer == NO_ROOM:
+            raise NoRoom("there is not enough memory for the step")
+        return answer
 
 
 def serve(pipe: Connection, build: Callable, arguments: tuple) -> None:
+    try:
+        answer_all(pipe, build, arguments)
+    except RuntimeError as error:
+        if not errors.is_out_of_memory(error):
+            raise
+        pipe.send(NO_ROOM)
+    except EOFError:
+        pass  # the parent ended first
+
+
+def answer_all(pipe: Connection, build: Callable, arguments: tuple) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         step, here = build(*arguments)
 
@@ -104,6 +123,8 @@ def train_benchmark(options: Namespace, arguments: list[str], here: machine.Mach
     builders = {"ours": (our_step, arguments)}
     for folder in options.peer:
         peers.check(folder)
+        if any(name.startswith(f"{folder.resolve().name}_") for name in builders):
+            raise errors.UserError(f"--peer {folder}: another peer has that name too")
         formats = {"same": (here.dtype, here.compile)}
         if here.device.type == "cpu":
             formats = {"as_it_runs": (torch.float32, False)} | formats

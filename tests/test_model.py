@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -116,7 +118,7 @@ def test_no_part_of_a_loss_has_more_logits_than_allowed(in_parts, monkeypatch):
     monkeypatch.setattr(model, "head_pass", counting)
     model(idx, targets)
     model(idx[:, :11], targets[:, :11])  # 22 positions, which 3 does not divide
-    assert sizes == [8] * 4 + [2] * 11
+    assert sizes == [8] * 4 + [8, 8, 6]
 
 
 def test_a_loss_in_parts_has_a_second_derivative(in_parts):
@@ -128,6 +130,36 @@ def test_a_loss_in_parts_has_a_second_derivative(in_parts):
             gradient = gradients(loss_of(idx, targets), model, create_graph=True)
         products.append(gradients(gradient @ direction, model))
     torch.testing.assert_close(*products, rtol=1e-9, atol=1e-9)
+
+
+def test_a_loss_without_targets_is_nan_and_its_gradient_zero(in_parts):
+    model, idx, targets = in_parts
+    loss = model(idx, torch.full_like(targets, -1))
+    assert loss.isnan()
+    assert not gradients(loss, model).any()
+    with pytest.raises(ValueError, match=r"shape \(2, 15\) for tokens of shape \(2, 16\)"):
+        model(idx, targets[:, 1:])
+
+
+def test_a_frozen_embedding_leaves_the_other_gradients_alone(in_parts):
+    model, idx, targets = in_parts
+    params = [parameter for parameter in model.parameters() if parameter is not model.wte.weight]
+    expected = torch.autograd.grad(model(idx, targets), params)
+    model.wte.weight.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        for create_graph in (False, True):
+            found = torch.autograd.grad(model(idx, targets), params, create_graph=create_graph)
+            assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_copy_of_a_compiled_model_is_one_of_its_own(in_parts):
+    model, idx, targets = in_parts
+    before = model(idx, targets)
+    model.compile(dynamic=False)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        model.wte.weight.zero_()
+    assert all(twin(idx, targets) == before for twin in copies)
 
 
 def test_targets_may_depend_on_the_logits(in_parts):

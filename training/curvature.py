@@ -120,6 +120,7 @@ def add_loss_curvature(
     """Add weight * H u of the training loss at the weights `point` to `total`."""
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
+        # from the logits, as a model's own loss has no forward mode
         return token_cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
 
     for name, product in hessian_vector_product(loss, point, directions).items():

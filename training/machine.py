@@ -104,10 +104,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation, as PyTorch does on CUDA. Large blocks that go back to the
-    system come again page by page, zeroed: a sixth of a step on a CPU.
+    """Have glibc keep freed memory for the next allocation, as PyTorch does on CUDA, unless the environment tells it
+    something (MALLOC_…). Large blocks that go back to the system come again page by page, zeroed, which takes time;
+    kept, they take more memory, as a block may not fit where another was (docs/performance.md has both).
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 

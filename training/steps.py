@@ -20,7 +20,7 @@ def update(
     curvature: Curvature,
     before_change: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Update `step` (from 1) of the weights, in which nothing waits for the device. `before_change` is called before
+    """Update `step` (from 1) of the weights, without a wait for its results. `before_change` is called before
     weights or optimizer state change. Returns, float32 (3,) on the device, this rank's part of the loss, the norm of
     its part of the gradient (0 if it is the only rank), and the norm of the gradient before clipping.
     """

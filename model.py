@@ -125,25 +125,30 @@ class HeadLoss(torch.autograd.Function):
         ]
         losses, labels, d_hidden = zip(*results, strict=True)
         labels = torch.cat(labels)
-        scale = 1 / (labels >= 0).sum().to(wide)
-        if learning:
+        kept, index = (labels >= 0).to(wide).unsqueeze(-1), labels.clamp_min(0)
+        scale = 1 / kept.sum()
+        if learning:  # the gradient by a logit is its softmax, less 1 if it is the label's
+            d_hidden = torch.cat(d_hidden) - kept * low_weight[index]
+            d_weight.index_add_(0, index, low_hidden * -kept)
             finite = scale.nan_to_num(posinf=0)  # without a label the loss is nan, its gradient 0, as F.cross_entropy's
-            ctx.save_for_backward(hidden, weight, labels, finite, torch.cat(d_hidden), d_weight)
+            ctx.save_for_backward(hidden, weight, labels, finite)
+            ctx.gradients = d_hidden, d_weight
         return torch.stack(losses).sum() * scale
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, scale, d_hidden, d_weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative: the plain way, which has one
-            # as inputs of their own, since hidden may depend on the same weight
-            hidden, weight = (
-                x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (hidden, weight)
-            )
-            loss = token_cross_entropy(F.linear(hidden, weight), labels)
-            d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
-        else:
-            gradient = gradient * scale
-        return (gradient * d_hidden).to(hidden.dtype), (gradient * d_weight).to(weight.dtype), None, None, None, None
+        hidden, weight, labels, scale = ctx.saved_tensors
+        if ctx.gradients is not None and not torch.is_grad_enabled():
+            d_hidden, d_weight = (x.mul_(gradient * scale) for x in ctx.gradients)  # in place, as they are large
+        else:  # for a second derivative, or once more: the plain way, from inputs that do not depend on each other
+            with torch.enable_grad():
+                hidden, weight = (
+                    x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (hidden, weight)
+                )
+                loss = token_cross_entropy(F.linear(hidden, weight), labels)
+                d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight), gradient, create_graph=True)
+        ctx.gradients = None
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None
 
 
 def head_pass(
@@ -155,11 +160,12 @@ def head_pass(
     d_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """For some of the positions, hidden (n, C): the sum of their losses in the format `wide`, their labels (n,), and
-    the sum's gradient (n, C) by `hidden`. That by `weight` is added to `d_weight`; where that is None there are none.
+    the gradient (n, C) by `hidden` of the logarithms of their softmaxes' denominators. That by `weight` is added to
+    `d_weight`; where that is None there are none.
     """
     logits = F.linear(hidden, weight).to(wide)  # (n, V)
     labels = draw(logits, targets) if draw else targets
-    kept = (labels >= 0).to(wide).unsqueeze(-1)  # (n, 1), like the next three
+    kept = (labels >= 0).to(wide).unsqueeze(-1)  # (n, 1)
     index = labels.clamp_min(0).unsqueeze(-1)
     peak = logits.amax(dim=-1, keepdim=True)
     masses = (logits - peak).exp_()
@@ -168,11 +174,9 @@ def head_pass(
     if d_weight is None:
         return loss, labels, None
     del logits
-    # by a logit: its softmax, less 1 if it is the label's, which needs no matrix product
-    d_logits = masses.mul_(kept / total).to(hidden.dtype)
-    d_weight += d_logits.t() @ hidden
-    d_weight.index_add_(0, index.squeeze(-1), hidden * -kept)
-    return loss, labels, d_logits @ weight - kept * weight[index.squeeze(-1)]
+    softmax = masses.mul_(kept / total).to(hidden.dtype)
+    d_weight += softmax.t() @ hidden
+    return loss, labels, softmax @ weight
 
 
 class GPT(nn.Module):

@@ -56,8 +56,8 @@ def computed(s: Settings, here: machine.Machine) -> tuple[int, int]:
     """Bytes that a step takes whatever its micro-batch, without the logits, and bytes for each of its sequences.
 
     Weights, gradients and optimizer state are 4 bytes an entry. What is kept for the backward pass is linear in the
-    number of layers and of sequences, so that models of one and two layers tell it for all. With checkpoints the
-    activations of one layer come on top.
+    number of layers and of sequences, so that models of one and two layers tell it for all; the head's two gradients
+    come on top, and with checkpoints the activations of one layer.
     """
     fixed, sequence, layer, layer_sequence = kept_by_part(s, here)
     fixed, sequence = fixed + s.n_layer * layer, sequence + s.n_layer * layer_sequence
@@ -65,7 +65,8 @@ def computed(s: Settings, here: machine.Machine) -> tuple[int, int]:
         *_, layer, layer_sequence = kept_by_part(dataclasses.replace(s, checkpoint_activations=False), here)
         fixed, sequence = fixed + layer, sequence + layer_sequence
     weights = make_model(s, machine.Machine(torch.device("meta"), here.dtype, False)).config.parameters
-    return 4 * (len(STATE[s.optimizer] - {"step"}) + 2) * weights + fixed, sequence
+    entries = (len(STATE[s.optimizer] - {"step"}) + 2) * weights + random_tokens(s).padded_vocab_size * s.n_embd
+    return 4 * entries + fixed, 4 * s.block_size * s.n_embd + sequence
 
 
 def kept_by_part(s: Settings, here: machine.Machine) -> tuple[int, int, int, int]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from training import errors, figures, metrics
+from records import metrics
+from run import errors
+from training import figures
 
 
 def main() -> None:

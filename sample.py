@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from model import GPT
-from training import checkpoints, errors
-from training.machine import find_device
-from training.tokenizers import TOKENIZERS
+from records import checkpoints
+from run import errors
+from run.machine import find_device
+from tokens.tokenizers import TOKENIZERS
 
 
 def main() -> None:

@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, GPTConfig
-from training import checkpoints, errors, machine, optimizers, preemption, ranks, settings, steps
-from training.batches import Batches, check_batch
+from records import checkpoints
+from records.metrics import Metrics
+from records.run_folder import RunFolder
+from run import errors, machine, ranks, settings, signals
+from tokens.batches import Batches, check_batch
+from tokens.token_files import TokenData, open_data
+from training import optimizers, steps
 from training.curvature import Curvature
-from training.data import TokenData, open_data
-from training.metrics import Metrics
-from training.run_folder import RunFolder
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
     with (
         Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics,
         checkpoints.Writer(folder.path, model, optimizer, s, data, here) as writer,
-        preemption.Preemption(here.note) as signals,
+        signals.Preemption(here.note) as preemption,
     ):
 
         def evaluate() -> float:
@@ -96,7 +98,7 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         for step in range(progress.step + 1, s.max_iters + 1):
             recent.append(steps.update(step, model, optimizer, batches, curvature, writer.wait_for_copies))
 
-            stopping = here.ranks.any(signals.asked is not None)
+            stopping = here.ranks.any(preemption.asked is not None)
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
             logging = step % s.log_interval == 0 or evaluating
             if not (logging or stopping):
@@ -142,10 +144,10 @@ def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: che
         writer.finish_or_fail()
         if stopping and progress.step < s.max_iters:
             here.note(
-                f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose checkpoint"
-                f" is written; the same command with --init_from=auto goes on"
+                f"{preemption.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose"
+                f" checkpoint is written; the same command with --init_from=auto goes on"
             )
-            sys.exit(preemption.EXIT_CODE)
+            sys.exit(signals.EXIT_CODE)
 
 
 def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:

@@ -1,1 +1,1 @@
-"""What bench.py measures."""
+"""What python -m benchmarks measures."""

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from training import machine
-from training.data import TokenData, Tokens
-from training.settings import Settings
+from run import machine
+from run.settings import Settings
+from tokens.token_files import TokenData, Tokens
 
 VOCAB_SIZE = 50257
 WARM_UP = 3

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import WARM_UP, alternate, make_model, random_tokens, synchronize
-from training import checkpoints, errors, machine, steps
-from training.batches import Batches
+from preparation.writer import write_data_set
+from records import checkpoints
+from run import errors, machine
+from run.settings import read
+from tokens.batches import Batches
+from tokens.token_files import open_data
+from tokens.tokenizers import GPT2
+from training import steps
 from training.curvature import Curvature
-from training.data import open_data
 from training.optimizers import make_optimizer, own_state
-from training.preparation import write_data_set
-from training.settings import read
-from training.tokenizers import GPT2
 
 PAPER_BATCH = 480  # sequences a step
 BATCHES_AT_ONCE = 20
@@ -130,7 +132,7 @@ def loader_benchmark(options: Namespace, arguments: list[str], here: machine.Mac
 
 def tokenize_benchmark(options: Namespace, arguments: list[str], here: machine.Machine) -> dict:
     """Megabytes of text a second from a table of documents to train.bin and val.bin, and by tiktoken alone."""
-    from training.documents import cores, open_documents
+    from preparation.sources import cores, open_documents
 
     if not options.text:
         raise errors.UserError("tokenize needs text: --text FILE, as prepare.py takes it with --data-files")

@@ -7,9 +7,9 @@ cd "$(dirname "$0")/.."
 for size in "small 12" "medium 12" "large 6"; do
   set -- $size
   common="--micro_batch_size=$2 --sequences=480 --rounds=5 --json"
-  python bench.py train "config/gpt2_$1_adamw.py" $common --peer "$nanogpt"
-  python bench.py train "config/gpt2_$1_sophiag.py" $common --peer "$sophia"
-  python bench.py train "config/gpt2_$1_sophiah.py" $common
-  python bench.py profile "config/gpt2_$1_adamw.py" --micro_batch_size=$2 --json
-  python bench.py memory "config/gpt2_$1_adamw.py" --json
+  python -m benchmarks train "config/gpt2_$1_adamw.py" $common --peer "$nanogpt"
+  python -m benchmarks train "config/gpt2_$1_sophiag.py" $common --peer "$sophia"
+  python -m benchmarks train "config/gpt2_$1_sophiah.py" $common
+  python -m benchmarks profile "config/gpt2_$1_adamw.py" --micro_batch_size=$2 --json
+  python -m benchmarks memory "config/gpt2_$1_adamw.py" --json
 done

@@ -8,10 +8,10 @@ import torch
 from benchmarks.common import make_model, random_tokens
 from benchmarks.speed import Contender, NoRoom, our_step
 from model import LOGITS
-from training import machine
-from training.batches import Batches
+from run import machine
+from run.settings import Settings, read
+from tokens.batches import Batches
 from training.optimizers import STATE
-from training.settings import Settings, read
 
 GPUS = (24, 40, 80, 141)  # GB, of 1e9 bytes
 RESERVE = 0.1  # of a GPU's memory: CUDA's own, what the allocator cannot use, and curvature's directions

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import VOCAB_SIZE
-from training import errors, machine
-from training.settings import read
+from run import errors, machine
+from run.settings import read
 
 NOTES = [
     "nanoGPT's optimizer is AdamW and the released Sophia's is Sophia-G, whatever ours is",

@@ -14,11 +14,12 @@ from torch.autograd import DeviceType
 
 from benchmarks import peers
 from benchmarks.common import WARM_UP, alternate, make_model, peak_memory, random_tokens, reset_peak_memory, synchronize
-from training import errors, machine, steps
-from training.batches import Batches
+from run import errors, machine
+from run.settings import read
+from tokens.batches import Batches
+from training import steps
 from training.curvature import Curvature
 from training.optimizers import make_optimizer
-from training.settings import read
 
 TOP = 12  # operations that a profile lists
 

@@ -3,17 +3,15 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the scripts beside this file
-
-from training import checkpoints, errors
-from training.settings import ROOT
-from training.tokenizers import GPT2
+from records import checkpoints
+from run import errors
+from run.settings import ROOT
+from tokens.tokenizers import GPT2
 
 torch.set_num_threads(1)  # the models are too small for more
 

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import threading
 
-import damage_checkpoints
 import filelock
 import pytest
 import torch
-from conftest import TINY, arguments, last_checkpoint, same_weights
 from safetensors.torch import load_file, save_file
 
 import train as script
-from training import checkpoints
-from training.metrics import Metrics, read_rows
-from training.settings import ROOT
+from records import checkpoints
+from records.metrics import Metrics, read_rows
+from run.settings import ROOT
+from tests.conftest import TINY, arguments, last_checkpoint, same_weights
+from tests.stress import damage_checkpoints
 
 
 def reseal(folder):

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPTIMIZERS, TINY, arguments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
+from run import randomness, settings
+from run.machine import Machine, has_compiler
 from sophia import hutchinson, labels_from_uniforms, normal_like
-from training import randomness, settings
-from training.batches import Batches
+from tests.conftest import OPTIMIZERS, TINY, arguments
+from tokens.batches import Batches
+from tokens.token_files import TokenData, Tokens, open_data
 from training.curvature import Curvature
-from training.data import TokenData, Tokens, open_data
-from training.machine import Machine, has_compiler
 from training.steps import accumulate_gradients
 
 STEP = 3

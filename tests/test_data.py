@@ -5,13 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, arguments, last_checkpoint, same_weights, write_dataset
 
-from training import settings, steps
-from training.batches import Ahead, Batches
-from training.data import Tokens, open_data, pairs
-from training.errors import RankError, UserError
-from training.machine import Machine
+from run import settings
+from run.errors import RankError, UserError
+from run.machine import Machine
+from tests.conftest import TINY, arguments, last_checkpoint, same_weights, write_dataset
+from tokens.batches import Ahead, Batches
+from tokens.token_files import Tokens, open_data, pairs
+from training import steps
 
 HERE = Machine(torch.device("cpu"), torch.float32, compile=False)
 

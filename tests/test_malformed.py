@@ -17,13 +17,13 @@ import warnings
 import hypothesis
 import pytest
 import torch
-from conftest import TINY, arguments, write_dataset
 from hypothesis import strategies as st
 
 import train as script
-from training import errors, settings
-from training.errors import UserError
-from training.files import MAX_BYTES
+from run import errors, settings
+from run.errors import UserError
+from run.files import MAX_BYTES
+from tests.conftest import TINY, arguments, write_dataset
 
 SECONDS = 20  # which no refusal takes
 LONGEST_LINE = 5000
@@ -150,7 +150,7 @@ def test_a_path_that_is_no_text_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/urandom"])
 def test_a_file_without_end_is_not_read(path):
-    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**30, 2**30)); from training.settings import read; read"
+    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**30, 2**30)); from run.settings import read; read"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}([{path!r}])"], cwd=settings.ROOT, capture_output=True, text=True, timeout=60
     )

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
 from model import GPT, GPTConfig
-from training.machine import has_compiler
+from run.machine import has_compiler
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
 SHALLOW = replace(TINY, n_layer=1)

@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
-from conftest import last_checkpoint, same_weights
 
-from training import preemption, steps
+from run import signals
+from tests.conftest import last_checkpoint, same_weights
+from training import steps
 
 correct = steps.accumulate_gradients
 
@@ -28,18 +29,18 @@ def signalled(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_after_its_step_and_auto_goes_on(train, tmp_path, signalled, capsys, number):
     options = {"optimizer": "sophiag", "log_interval": 4, "keep_checkpoints": 1}
-    handlers = [signal.getsignal(each) for each in preemption.SIGNALS]
+    handlers = [signal.getsignal(each) for each in signals.SIGNALS]
     whole = train(tmp_path / "whole", **options)
     signalled(7, number)
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "parts", **options, init_from="auto")
-    assert stop.value.code == preemption.EXIT_CODE == 75
+    assert stop.value.code == signals.EXIT_CODE == 75
     assert f"{number.name}: stopped after step 7" in capsys.readouterr().err
     assert last_checkpoint(tmp_path / "parts").name == "step_00000007"
-    assert [signal.getsignal(each) for each in preemption.SIGNALS] == handlers
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
     parts = train(tmp_path / "parts", **options, init_from="auto")
     assert same_weights(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts"))
     for key in ("step", "train/loss", "clip_rate", "win_rate", "val/loss"):

@@ -14,16 +14,17 @@ import datasets
 import numpy as np
 import pytest
 import zstandard
-from conftest import write_dataset
-from kill_preparation import run_with_kills
 
-import inspect_data
-from training import documents, preparation
-from training.data import open_data
-from training.errors import UserError
-from training.preparation import Chunk, TextSource, write_data_set
-from training.settings import ROOT
-from training.tokenizers import TOKENIZERS, Bytes
+from preparation import inspect_data
+from preparation import sources as documents
+from preparation import writer as preparation
+from preparation.writer import Chunk, TextSource, write_data_set
+from run.errors import UserError
+from run.settings import ROOT
+from tests.conftest import write_dataset
+from tests.stress.kill_preparation import run_with_kills
+from tokens.token_files import open_data
+from tokens.tokenizers import TOKENIZERS, Bytes
 
 DOCUMENTS = [f"Document number {i}: " + "so it goes, " * (i % 7) for i in range(3000)] + ["", "Ende – fin"]
 

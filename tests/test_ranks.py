@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-import two_hosts
-from compare_ranks import MICRO_BATCH_SIZES, SETTINGS, difference, rows_of, torchrun
-from conftest import OPTIMIZERS, last_checkpoint, same_weights, text_dataset
-from kill_training import run_with_kills
 
 import train as script
-from training.machine import Machine
-from training.ranks import PIECE, Ranks, pieces
+from run.machine import Machine
+from run.ranks import PIECE, Ranks, pieces
+from tests.conftest import OPTIMIZERS, last_checkpoint, same_weights, text_dataset
+from tests.stress import two_hosts
+from tests.stress.compare_ranks import MICRO_BATCH_SIZES, SETTINGS, difference, rows_of, torchrun
+from tests.stress.kill_training import run_with_kills
 
 
 @pytest.fixture(scope="module")

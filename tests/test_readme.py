@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from training.settings import ROOT
+from run.settings import ROOT
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 DISTRIBUTED = [snippet for snippet in SNIPPETS if snippet.startswith("# torchrun")]

@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import arguments
 
-import bench
 import plot
 import sample
+from benchmarks import __main__ as bench
 from benchmarks import memory
-from training.machine import Machine
-from training.settings import ROOT, read
-from training.tokenizers import TOKENIZERS
+from run.machine import Machine
+from run.settings import ROOT, read
+from tests.conftest import arguments
+from tokens.tokenizers import TOKENIZERS
 
 
 def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):

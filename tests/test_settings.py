@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from training import settings
-from training.batches import check_batch
-from training.errors import UserError
+from run import settings
+from run.errors import UserError
+from run.settings import ROOT, read
+from tokens.batches import check_batch
 from training.optimizers import learning_rate
-from training.settings import ROOT, read
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
@@ -173,5 +173,5 @@ def test_the_schedule_warms_up_and_decays_by_a_cosine():
 def test_settings_do_not_import_torch():
     import subprocess
 
-    code = "import sys, training.settings; sys.exit('torch' in sys.modules)"
+    code = "import sys, run.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

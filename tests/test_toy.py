@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-import toy
+from studies import toy
 
 MINIMUM = torch.tensor(toy.MINIMUM)
 

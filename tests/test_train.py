@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
 from safetensors.torch import load_file, save_file
 
 import train as script
-from training import checkpoints
-from training.data import pairs
+from records import checkpoints
+from run.settings import ROOT
+from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
+from tokens.token_files import pairs
 from training.optimizers import parameter_groups
-from training.settings import ROOT
 
 ALL = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 

@@ -1,1 +1,1 @@
-"""What the scripts share: short modules, each with one job. They know the model and the optimizers, but no script."""
+"""The parts of a training step: the optimizer and its schedule, and the estimate of curvature."""

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, token_cross_entropy
+from run import randomness
+from run.machine import Machine
+from run.settings import Settings
 from sophia import hessian_vector_product, labels_from_uniforms, normal_like
-from training import randomness
-from training.batches import Batches
-from training.machine import Machine
-from training.settings import Settings
+from tokens.batches import Batches
 
 
 class Curvature:

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from training.errors import UserError  # noqa: E402
+from run.errors import UserError  # noqa: E402
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -9,10 +9,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lion import Lion
+from run.machine import Machine
+from run.ranks import Ranks
+from run.settings import Settings
 from sophia import SophiaG, SophiaH
-from training.machine import Machine
-from training.ranks import Ranks
-from training.settings import Settings
 
 # What each optimizer remembers of a parameter
 STATE = {

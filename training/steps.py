@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from training import optimizers, randomness
-from training.batches import Batches
+from run import randomness
+from tokens.batches import Batches
+from training import optimizers
 from training.curvature import Curvature
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from training import errors  # noqa: E402
-from training.documents import prepare  # noqa: E402
+from preparation.sources import prepare  # noqa: E402
+from run import errors  # noqa: E402
 
 
 def main() -> None:

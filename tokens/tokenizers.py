@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.errors import UserError
+from run.errors import UserError
 
 
 @dataclass(frozen=True)

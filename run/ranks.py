@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import MachineError, is_out_of_memory
+from run.errors import MachineError, is_out_of_memory
 
 PIECE = 2**25  # elements that cross the network together
 ROLL_CALL_SECONDS = 10  # or half of the time-out, of which it is the last part

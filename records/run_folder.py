@@ -5,10 +5,10 @@ from pathlib import Path
 
 import filelock
 
-from training import checkpoints, metrics
-from training.errors import UserError
-from training.files import check_writable, write_json
-from training.settings import Settings
+from records import checkpoints, metrics
+from run.errors import UserError
+from run.files import check_writable, write_json
+from run.settings import Settings
 
 LOCK, SETTINGS = ".lock", "settings.json"
 

@@ -1,7 +1,7 @@
 """Train on two hosts, which are two network namespaces of this machine with a virtual cable between them, and pull the
 cable. Needs root.
 
-    python tests/two_hosts.py --timeout 10
+    python -m tests.stress.two_hosts --timeout 10
 
 1. Some steps on the two hosts give the losses of one process.
 2. When the cable is pulled, the job ends on both hosts in time, and says which ranks are missing.
@@ -23,10 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import TINY, arguments, same_weights, text_dataset
-
-from training import checkpoints
-from training.settings import ROOT
+from records import checkpoints
+from run.settings import ROOT
+from tests.conftest import TINY, arguments, same_weights, text_dataset
 
 CABLE = "cable"  # the network interface of each host
 ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}

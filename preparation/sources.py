@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from training.errors import Parser, UserError
-from training.preparation import Chunk, Source, write_data_set
-from training.settings import ROOT
-from training.tokenizers import TOKENIZERS
+from preparation.writer import Chunk, Source, write_data_set
+from run.errors import Parser, UserError
+from run.settings import ROOT
+from tokens.tokenizers import TOKENIZERS
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = {".bz2", ".gz", ".xz", ".zst"}

@@ -1,6 +1,6 @@
 """Draw how five optimizers walk over the two-dimensional loss of the Sophia paper (figure 2).
 
-    python toy.py -o toy.png
+    python -m studies.toy -o toy.png
 
     L(theta) = 8 (theta_1 - 1)^2 (1.3 theta_1^2 + 2 theta_1 + 1) + (theta_2 - 4)^2 / 2
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lion import Lion
+from run import errors
 from sophia import SophiaH
-from training import errors, figures
+from training import figures
 
 START = (0.2, 0.0)
 MINIMUM = (1.0, 4.0)

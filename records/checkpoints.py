@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, MAX_LAYERS, GPTConfig
-from training.data import TokenData
-from training.errors import Unwritten, UserError, is_out_of_memory, warn
-from training.files import flush, parse_object, read_small, write_json
-from training.machine import Machine
+from run.errors import Unwritten, UserError, is_out_of_memory, warn
+from run.files import flush, parse_object, read_small, write_json
+from run.machine import Machine
+from run.settings import Settings, shorten
+from tokens.token_files import TokenData
+from tokens.tokenizers import TOKENIZERS
 from training.optimizers import STATE, gather_state, own_part, own_state
-from training.settings import Settings, shorten
-from training.tokenizers import TOKENIZERS
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

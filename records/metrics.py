@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.errors import UserError, warn
-from training.settings import Settings
+from run.errors import UserError, warn
+from run.settings import Settings
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_run_id"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training.errors import UserError
-from training.files import read_small
+from run.errors import UserError
+from run.files import read_small
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,7 @@
 """Kill data/openwebtext/prepare.py with SIGKILL at random moments, start it again, and compare what it makes in the end
 with what an undisturbed run makes.
 
-    python tests/kill_preparation.py --kills 20 --data-files books.jsonl.bz2 --workers 2
+    python -m tests.stress.kill_preparation --kills 20 --data-files books.jsonl.bz2 --workers 2
 
 Other arguments go to prepare.py.
 """
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "data" / "openwebtext" / "prepare.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "data" / "openwebtext" / "prepare.py"
 
 
 def run_with_kills(arguments: list[str], kills: int, folder: Path, seed: int = 0) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Damage the checkpoints of a run in random ways and load what is left: each time the damage has to be found out, or
 to have changed nothing.
 
-    python tests/damage_checkpoints.py --damages 1000
+    python -m tests.stress.damage_checkpoints --damages 1000
 """
 
 import argparse
@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import TINY, arguments, text_dataset
 
 import train
 from model import GPT
-from training import checkpoints
-from training.errors import UserError
+from records import checkpoints
+from run.errors import UserError
+from tests.conftest import TINY, arguments, text_dataset
 
 NAMES = (*checkpoints.FILES, checkpoints.SUMS)
 

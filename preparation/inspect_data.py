@@ -1,6 +1,6 @@
 """Look into a prepared data set, and check it against its meta.json.
 
-python inspect_data.py data/openwebtext
+python -m preparation.inspect_data data/openwebtext
 """
 
 import hashlib
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from training import errors
-from training.data import Tokens, check_range, data_folder, open_tokens, read_meta
-from training.tokenizers import TOKENIZERS
+from run import errors
+from tokens.token_files import Tokens, check_range, data_folder, open_tokens, read_meta
+from tokens.tokenizers import TOKENIZERS
 
 EXCERPT_TOKENS = 100
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from run.errors import UserError
 
 MAX_BYTES = 2**20  # of a file that somebody wrote by hand, or a program in a few lines
 

@@ -1,6 +1,6 @@
 """What the tests have torchrun start: train.py's main, once for each JSON object of settings, with a fault on rank 1.
 
-torchrun --nproc_per_node=2 tests/ranks_worker.py none '{"out_dir": "out", "n_layer": 2, …}' …
+torchrun --nproc_per_node=2 -m tests.stress.ranks_worker none '{"out_dir": "out", "n_layer": 2, …}' …
 """
 
 import json
@@ -10,10 +10,11 @@ import time
 
 import torch
 import torch.distributed as dist
-from conftest import arguments
 
 import train
-from training import errors, steps
+from run import errors
+from tests.conftest import arguments
+from training import steps
 
 STEP = 3  # in which the fault happens
 correct = steps.accumulate_gradients

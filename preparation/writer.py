@@ -19,10 +19,10 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from training.data import PROGRESS
-from training.errors import UserError
-from training.files import flush, read_json, write_json
-from training.tokenizers import Tokenizer
+from run.errors import UserError
+from run.files import flush, read_json, write_json
+from tokens.token_files import PROGRESS
+from tokens.tokenizers import Tokenizer
 
 SPLITS = ("train", "val")
 LOCK = ".lock"

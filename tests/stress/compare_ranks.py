@@ -1,6 +1,6 @@
 """Train with every optimizer on 1, 2, 3 and 4 ranks, and compare the losses of 20 steps with those of one rank.
 
-python tests/compare_ranks.py
+python -m tests.stress.compare_ranks
 """
 
 import json
@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import OPTIMIZERS, TINY, text_dataset
+from run.settings import ROOT
+from tests.conftest import OPTIMIZERS, TINY, text_dataset
 
-TESTS = Path(__file__).resolve().parent
 # What each rank has to do is uneven: 6 sequences for curvature, or 3 groups of them, and 10 validation blocks.
 SETTINGS = TINY | {"batch_size": 12, "hessian_batch_size": 6}
 MICRO_BATCH_SIZES = {1: 4, 2: 3, 3: 2, 4: 1}
@@ -23,8 +23,8 @@ def torchrun(ranks: int, fault: str, *runs: dict, **more) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=2", 
          f"--nproc_per_node={ranks}",
-         str(TESTS / "ranks_worker.py"), fault, *(json.dumps(run, default=str) for run in runs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=500, **more,
+         "-m", "tests.stress.ranks_worker", fault, *(json.dumps(run, default=str) for run in runs)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=500, **more,
     )  # fmt: skip
 
 

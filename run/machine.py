@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training import ranks
-from training.errors import RankError, UserError
-from training.ranks import Ranks
-from training.settings import Settings
+from run import ranks
+from run.errors import RankError, UserError
+from run.ranks import Ranks
+from run.settings import Settings
 
 # Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by words of the device's name
 PEAK_FLOPS = {

@@ -1,8 +1,8 @@
 """Kill train.py with SIGKILL at random moments, half of them while a checkpoint is being written, have it go on, and
 compare its last checkpoint with an undisturbed run's.
 
-    python tests/kill_training.py --kills 100               one process, started again with the same command
-    python tests/kill_training.py --kills 100 --ranks 3     under torchrun: a worker is killed, torchrun restarts all
+    python -m tests.stress.kill_training --kills 100               one process, started again with the same command
+    python -m tests.stress.kill_training --kills 100 --ranks 3     under torchrun, which restarts all workers
 
 Other arguments are settings of train.py.
 """
@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import TINY, arguments, last_checkpoint, same_weights, text_dataset
+from tests.conftest import TINY, arguments, last_checkpoint, same_weights, text_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KILLS_A_RUN = 5
 SETTINGS = TINY | {"n_embd": 64, "batch_size": 12, "micro_batch_size": 1, "max_iters": 60, "eval_interval": 4}
 

@@ -1,16 +1,15 @@
 """Measure speed and memory: in one run, in alternation, after warm-up.
 
-    python bench.py train          the training step, beside --peer DIR: checkouts of nanoGPT or of the released Sophia
-    python bench.py profile        where the time of a training step goes; --trace FILE.json keeps it for a viewer
-    python bench.py memory         the largest micro-batch for GPUs of several sizes
-    python bench.py optimizer      an update of Sophia and of Lion, against torch's fused AdamW
-    python bench.py curvature      a curvature pass against a training pass on the same sequences, and what that adds to
-                                   a step of 480 sequences
-    python bench.py loader         reading batches of --dataset, against training on them
-    python bench.py tokenize       preparing --text on every core, against one thread of tiktoken
-    python bench.py checkpoint     how long the loop stands still for a checkpoint, against writing it synchronously
+    python -m benchmarks train        the training step, beside --peer DIR: checkouts of nanoGPT or the released Sophia
+    python -m benchmarks profile      where the time of a training step goes; --trace FILE.json keeps it for a viewer
+    python -m benchmarks memory       the largest micro-batch for GPUs of several sizes
+    python -m benchmarks optimizer    an update of Sophia and of Lion, against torch's fused AdamW
+    python -m benchmarks curvature    a curvature pass against a training pass on the same sequences
+    python -m benchmarks loader       reading batches of --dataset, against training on them
+    python -m benchmarks tokenize     preparing --text on every core, against one thread of tiktoken
+    python -m benchmarks checkpoint   how long the loop stands still for a checkpoint
 
-For example: python bench.py curvature config/gpt2_30m.py --block_size=256 --micro_batch_size=8 --json
+For example: python -m benchmarks curvature config/gpt2_30m.py --block_size=256 --micro_batch_size=8 --json
 
 Other arguments are config files and settings, as train.py takes them.
 """
@@ -22,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import costs, memory, speed
-from training import errors, machine
-from training.batches import check_batch
-from training.settings import read
+from run import errors, machine
+from run.settings import read
+from tokens.batches import check_batch
 
 BENCHMARKS: dict[str, Callable] = {
     "train": speed.train_benchmark,

@@ -1,0 +1,1 @@
+"""What a run leaves behind in its folder: checkpoints and metrics."""

@@ -1,0 +1,1 @@
+"""One run on this machine: its settings, its device, its ranks, and how it ends."""

@@ -1,0 +1,1 @@
+"""Properties of the program, a file for each kind."""

@@ -1,0 +1,1 @@
+"""Programs that disturb long runs; `.ci/run` takes them at a small size."""

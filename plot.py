@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 
 from records import metrics
 from run import errors
-from training import figures
 
 
 def main() -> None:
@@ -25,7 +24,11 @@ def main() -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figures.save(figure, options.output)
+    try:
+        figure.savefig(options.output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"cannot write {options.output}: {error}") from None
+    print(options.output.resolve())
 
 
 def draw(axes: plt.Axes, run: Path, color: str, label: str) -> None:

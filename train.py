@@ -6,228 +6,180 @@
 `python train.py --help` lists every setting.
 """
 
-import dataclasses
 import math
-import os
 import sys
-import time
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from model import GPT, GPTConfig
-from records import checkpoints
+from model import GPT
+from records.checkpoint_writer import CheckpointWriter
+from records.checkpoints import Checkpoint, Progress, check_same_run, last_good
 from records.metrics import Metrics
 from records.run_folder import RunFolder
-from run import errors, machine, ranks, settings, signals
+from run import errors, randomness, ranks
+from run.machine import Machine, set_up
+from run.settings import Settings, read
+from run.signals import EXIT_CODE, StopSignals
 from tokens.batches import Batches, check_batch
 from tokens.token_files import TokenData, open_data
-from training import optimizers, steps
 from training.curvature import Curvature
+from training.meter import Meter, StepResult
+from training.optimizers import learning_rate, load_state, make_optimizer, parameters
+from training.parallel import DataParallel
+from training.start import check_same_job, describe, make_model, started_from
+
+
+def update(
+    step: int,
+    model: DataParallel,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    curvature: Curvature,
+    writer: CheckpointWriter,
+) -> StepResult:
+    """Update `step` (from 1) of the weights, without a wait for its results."""
+    params = parameters(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(batches.settings, step)
+    if curvature.is_due(step):
+        estimate = curvature.estimate(step, params)
+        writer.wait_for_copies()  # of a checkpoint: from here on the optimizer's state changes
+        optimizer.update_hessian(estimate)
+        del estimate  # as large as the weights
+    loss = accumulate_gradients(step, model, batches)
+    norm = torch.nn.utils.clip_grad_norm_(params, batches.settings.grad_clip or math.inf)
+    writer.wait_for_copies()
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss, model.own_gradient_norm(), norm)
+
+
+def accumulate_gradients(step: int, model: DataParallel, batches: Batches) -> Tensor:
+    """Leave the gradient of the mean loss over the batch of update `step`, of all ranks, in the parameters' .grad.
+    Returns the mean loss over this rank's part of the batch.
+    """
+    settings, machine = batches.settings, batches.machine
+    if settings.dropout > 0:
+        randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
+    total = torch.zeros((), device=machine.device)
+    for number, (x, y) in enumerate(batches.train(step), start=1):
+        with model.exchanging(number == batches.accumulation_steps):
+            with machine.autocast():
+                loss = model(x, y) / batches.accumulation_steps
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Batches) -> float:
+    """Mean cross-entropy in nats over the fixed validation blocks, which the ranks share."""
+    machine = batches.machine
+    wide = torch.float32 if machine.device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=wide, device=machine.device)  # of losses, of tokens
+    model.eval()
+    for x, y in batches.validation():
+        with machine.autocast():
+            loss = model(x, y)
+        tokens = (y >= 0).sum()
+        sums += torch.stack((loss * tokens, tokens))
+    model.train()
+    machine.ranks.all_reduce([sums])
+    loss, tokens = sums.tolist()
+    return loss / tokens
 
 
 def main() -> None:
     # Everything that can be refused is refused before anything is allocated or written.
-    s = settings.read(sys.argv[1:])
+    settings = read(sys.argv[1:])
     rank, count = ranks.environment()
-    check_batch(s, count)
-    data = open_data(s.dataset, s.block_size)
-    with RunFolder(s) as folder:
-        resumed = folder.checkpoint() if rank == 0 else None
-        train(s, data, folder, resumed)
+    check_batch(settings, count)
+    data = open_data(settings.dataset, settings.block_size)
+    with RunFolder(settings) as folder:
+        checkpoint = folder.checkpoint_to_resume() if rank == 0 else None  # rank 0 alone reads and writes the folder
+        machine = set_up(settings)
+        try:
+            with machine.ranks.naming_lost_ranks():
+                train(settings, data, folder, machine, checkpoint)
+        except errors.Diverged as error:
+            advice = "try a lower learning_rate or, with Sophia, a higher rho"
+            raise errors.Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
 
 
-def train(s: settings.Settings, data: TokenData, folder: RunFolder, resumed: checkpoints.Checkpoint | None) -> None:
-    """The run, of which rank 0 alone reads and writes the folder; `resumed` is the checkpoint it found there."""
-    here = machine.set_up(s)
-    check_same_job(s, data, here)
-    torch.manual_seed(s.seed)
-    resumed = here.ranks.share(resumed)
-    model = initial_model(s, data, resumed)
-    changes = checkpoints.check_same_run(resumed, model.config, s, data) if resumed else []
-    if resumed and here.ranks.is_main:
-        resumed.load_model(model)
-    model.to(here.device)
-    for parameter in model.parameters():
-        here.ranks.broadcast(parameter.detach())
-    model.checkpoint_activations = s.checkpoint_activations
-    optimizer = optimizers.make_optimizer(model, s, here)
-    if resumed:
-        state = resumed.optimizer_state(model) if here.ranks.is_main else None
-        optimizers.load_state(model, optimizer, state, here.ranks, here.device)
-        del state
-    progress = resumed.progress if resumed else checkpoints.Progress(started_from=started_from(s))
-    batches = Batches(data, s, here)
-    curvature = Curvature(model, s, here, batches)
-    if here.compile:
-        model.compile(dynamic=False)
+def train(
+    settings: Settings, data: TokenData, folder: RunFolder, machine: Machine, checkpoint: Checkpoint | None
+) -> None:
+    check_same_job(settings, data, machine)
+    checkpoint = machine.ranks.broadcast_object(checkpoint)
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, data, checkpoint)
+    changes = check_same_run(checkpoint, model.config, settings, data) if checkpoint else []
+    if checkpoint and machine.ranks.is_main:
+        checkpoint.load_model(model)
+    model.h.checkpoint_activations = settings.checkpoint_activations
+    if machine.compile:
+        model.compile()
+    parallel = DataParallel(model.to(machine.device), machine)
+    optimizer = make_optimizer(model, settings, machine)
+    if checkpoint:
+        load_state(model, optimizer, checkpoint.optimizer_state(model) if machine.ranks.is_main else {}, machine.ranks)
+    progress = checkpoint.progress if checkpoint else Progress(started_from(settings))
+    batches = Batches(data, settings, machine)
+    curvature = Curvature(model, settings, machine, batches)
 
-    describe(s, here, model, data, progress, changes)
-    if s.eval_only:
-        here.note(f"validation loss {steps.validation_loss(model, batches):.4f} at step {progress.step}")
+    describe(settings, machine, model, data, progress, changes)
+    if settings.eval_only:
+        machine.note(f"validation loss {evaluate(model, batches):.4f} at step {progress.step}")
         return
-    if progress.step >= s.max_iters:
-        here.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
+    if progress.step >= settings.max_iters:
+        machine.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
         return
-    if here.ranks.is_main:
-        folder.begin(resumed)
-    kept_steps = progress.step if resumed else -1
+    if machine.ranks.is_main:
+        folder.begin(checkpoint)
     with (
-        Metrics(folder.path, s, kept_steps, here.ranks.is_main) as metrics,
-        checkpoints.Writer(folder.path, model, optimizer, s, data, here) as writer,
-        signals.Preemption(here.note) as preemption,
+        Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
+        CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,
+        StopSignals(machine.note) as signals,
+        machine.ranks.naming_lost_ranks(),
     ):
-
-        def evaluate() -> float:
-            progress.val_loss = steps.validation_loss(model, batches)
-            if not math.isfinite(progress.val_loss):
-                raise divergence(f"the validation loss is {progress.val_loss}", progress.step, writer)
-            if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = progress.val_loss, progress.step
-            return progress.val_loss
-
-        if not resumed:
-            metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": evaluate()})
+        parallel.form_buckets(settings.micro_batch_size)
+        meter = Meter(settings, machine, batches, progress, model.flops_per_token())
+        if not checkpoint:
+            val_loss = meter.note_validation(evaluate(model, batches))
+            metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": val_loss})
             writer.begin(progress)
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
 
-        tokens_per_step = s.batch_size * s.block_size
-        recent = []  # what the updates since the last row returned, still on the device
         stopping = False
-        started, waited = time.perf_counter(), batches.seconds_waited
-        for step in range(progress.step + 1, s.max_iters + 1):
-            recent.append(steps.update(step, model, optimizer, batches, curvature, writer.wait_for_copies))
+        meter.restart()
+        for step in range(progress.step + 1, settings.max_iters + 1):
+            meter.add(update(step, parallel, optimizer, batches, curvature, writer))
 
-            stopping = here.ranks.any(preemption.asked is not None)
-            evaluating = step % s.eval_interval == 0 or step == s.max_iters
-            logging = step % s.log_interval == 0 or evaluating
+            stopping = machine.ranks.any(signals.asked is not None)
+            evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
+            logging = step % settings.log_interval == 0 or evaluating
             if not (logging or stopping):
                 continue
-            # The one place where the host waits for the device.
-            parts = here.ranks.gather(torch.stack(recent)).cpu()  # (ranks, steps, 3)
-            recent.clear()
-            window = torch.stack((parts[:, :, 0].sum(0), parts[0, :, 2]), dim=1).tolist()
-            for earlier, (loss, norm) in enumerate(window):
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    what = f"the training loss is {loss}, its gradient's norm {norm}{culprits(parts[:, earlier], here)}"
-                    raise divergence(what, step - len(window) + 1 + earlier, writer)
-            seconds = time.perf_counter() - started
-            speed = len(window) * tokens_per_step / seconds
-            peak = here.peak_flops()
-            progress.step = step
-            progress.seconds += seconds
-            progress.clipped_steps += sum(norm > s.grad_clip > 0 for _, norm in window)
-            sophia = s.optimizer.startswith("sophia")
+            row = meter.row(step)
+            if evaluating:
+                row["val/loss"] = meter.note_validation(evaluate(model, batches))
             if logging:
-                metrics.write(
-                    {
-                        "step": step,
-                        "tokens": step * tokens_per_step,
-                        "seconds": progress.seconds,
-                        "lr": optimizers.learning_rate(s, step),
-                        "train/loss": window[-1][0],
-                        "val/loss": evaluate() if evaluating else None,
-                        "grad_norm": window[-1][1],
-                        "clip_rate": progress.clipped_steps / step,
-                        "win_rate": optimizers.unclipped_fraction(optimizer, here.ranks) if sophia else None,
-                        "tokens_per_second": speed,
-                        "data_wait": (batches.seconds_waited - waited) / seconds,
-                        "mfu": speed * model.flops_per_token() / (peak * here.ranks.count) if peak else None,
-                    }
-                )
+                if settings.uses_curvature:
+                    row["win_rate"] = optimizer.unclipped_fraction()
+                metrics.write(row)
             if evaluating or stopping:
                 writer.begin(progress)
             if stopping:
                 break
-            started, waited = time.perf_counter(), batches.seconds_waited
+            meter.restart()
 
         writer.finish_or_fail()
-        if stopping and progress.step < s.max_iters:
-            here.note(
-                f"{preemption.asked or 'a signal to another rank'}: stopped after step {progress.step}, whose"
-                f" checkpoint is written; the same command with --init_from=auto goes on"
-            )
-            sys.exit(signals.EXIT_CODE)
-
-
-def initial_model(s: settings.Settings, data: TokenData, resumed: checkpoints.Checkpoint | None) -> GPT:
-    """A model of the shape that the settings ask for, or with pretrained weights and their shape."""
-    if (resumed.progress.started_from if resumed else started_from(s)) == "scratch":
-        names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
-        config = GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(s, name) for name in names})
-    elif resumed:
-        config = dataclasses.replace(resumed.config, block_size=s.block_size, dropout=s.dropout)
-    else:
-        return pretrained_model(s, data)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * config.parameters > memory:
-        raise errors.UserError(
-            f"the model does not fit into memory: {config.parameters:.3g} weights of 4 bytes, but there are"
-            f" {memory / 1e9:.0f} GB; lower n_layer, n_embd or block_size"
-        )
-    try:
-        return GPT(config)
-    except RuntimeError as error:
-        raise errors.UserError(f"the model does not fit into memory: {str(error).splitlines()[0]}") from None
-
-
-def started_from(s: settings.Settings) -> str:
-    return "scratch" if s.init_from == "auto" else s.init_from
-
-
-def pretrained_model(s: settings.Settings, data: TokenData) -> GPT:
-    # os.path, unlike pathlib, takes what cannot be looked at for what is not there
-    if not s.init_from.startswith("gpt2") and not os.path.isdir(s.init_from):
-        raise errors.UserError(
-            f"init_from = {s.init_from!r}: must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder"
-        )
-    try:
-        model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"init_from = {s.init_from!r}: {str(error).splitlines()[0]}") from None
-    if model.config.vocab_size < data.vocab_size:
-        raise errors.UserError(
-            f"{s.init_from} has {model.config.vocab_size} tokens, but the data set {s.dataset} has {data.vocab_size}"
-        )
-    return model
-
-
-def describe(s, here, model, data, progress, changes) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    if not data.has_meta:
-        here.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
-    if s.warmup_iters > s.max_iters:
-        here.note(f"warmup_iters = {s.warmup_iters} is longer than the run: learning_rate is never reached")
-    for change in changes:
-        here.note(f"resuming with another setting: {change}")
-    here.note(
-        f"{parameters / 1e6:.1f}M parameters on {here.ranks.count} x {here.device.type} in {str(here.dtype)[6:]},"
-        f" {s.optimizer}, {s.batch_size} x {s.block_size} tokens a step, steps {progress.step} to {s.max_iters}"
-    )
-
-
-def culprits(parts: torch.Tensor, here: machine.Machine) -> str:
-    """The ranks whose own part (loss, gradient norm) of a step is not finite, where others' are."""
-    bad = (~parts[:, :2].isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if len(bad) in (0, here.ranks.count):
-        return ""
-    return f", because of {', '.join(map(here.ranks.name, bad))} alone: is that device in order?"
-
-
-def divergence(what: str, step: int, writer: checkpoints.Writer) -> errors.Diverged:
-    writer.finish()
-    return errors.Diverged(
-        f"{what} at step {step}: stopped; {checkpoints.last_kept(writer.out_dir)}; try a lower learning_rate or, with"
-        f" Sophia, a higher rho"
-    )
-
-
-def check_same_job(s: settings.Settings, data: TokenData, here: machine.Machine) -> None:
-    """Refuse a rank that was started with other settings or other data than rank 0."""
-    mine = dataclasses.asdict(s) | {"the data set's fingerprint": data.fingerprint()}
-    for name, value in here.ranks.share(mine).items():
-        if mine[name] != value:
-            raise errors.RankError(f"{name} = {mine[name]!r}, but rank 0 was started with {value!r}")
+    if stopping and progress.step < settings.max_iters:
+        why = f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}"
+        machine.note(f"{why}, whose checkpoint is written; the same command with --init_from=auto goes on")
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

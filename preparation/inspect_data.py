@@ -21,45 +21,34 @@ def main() -> None:
     parser.add_argument("dataset", help="a folder, or the name of one in data/")
     dataset = parser.parse_args().dataset
     folder = data_folder(dataset if Path(dataset).name == dataset else f"{Path(dataset)}/")
+    splits = {split: open_tokens(folder, split) for split in ("train", "val")}
     meta = read_meta(folder)
     tokenizer = TOKENIZERS[meta["tokenizer"]]
     print(f"{folder}: {meta.get('source', 'of unknown source')}")
     print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} tokens in the vocabulary")
-    for split in ("train", "val"):
-        tokens = open_tokens(folder, split)
+    for split, tokens in splits.items():
         lengths, checksum = scan(tokens, meta["vocab_size"], tokenizer.end_of_text)
         print(f"\n{tokens.name}: {len(tokens):,} tokens, {len(lengths):,} documents")
-        print("  begins: " + repr(tokenizer.decode_bytes(tokens.rows(np.zeros(1, int), min(EXCERPT_TOKENS, len(tokens)))
-              [0].tolist()).decode(errors="replace")))  # fmt: skip
-        print_lengths(lengths)
+        for excerpt in tokens.pieces(EXCERPT_TOKENS):
+            print(f"  begins: {tokenizer.decode_bytes(excerpt.tolist()).decode(errors='replace')!r}")
+        if len(lengths):
+            shares = [f"{share} % up to {np.percentile(lengths, share):,.0f}" for share in (5, 25, 50, 75, 95, 100)]
+            print(f"  tokens a document: mean {lengths.mean():,.0f}; {', '.join(shares)}")
         expected = (meta.get("checksum") or {}).get(f"{split}.bin")
-        if expected not in (None, checksum) or meta.get(f"{split}_tokens", len(tokens)) != len(tokens):
+        if expected not in (None, checksum):
             raise errors.UserError(f"{tokens.name} is not the file that meta.json describes: prepare it again")
         print("  checksum " + ("as in meta.json" if expected else f"{checksum}, not in meta.json"))
 
 
 def scan(tokens: Tokens, vocab_size: int, end_of_text: int) -> tuple[np.ndarray, str]:
     """Lengths of the documents, in tokens with their end, and the checksum. Refuses a token beyond the vocabulary."""
-    digest, ends, position = hashlib.sha256(), [], 0
-    with tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False) as bar:
-        for piece in tokens.pieces():
-            check_range(piece, vocab_size, tokens.name)
-            digest.update(piece.tobytes())
-            ends.append(np.flatnonzero(piece == end_of_text) + position + 1)
-            position += len(piece)
-            bar.update(len(piece))
-    return np.diff(np.concatenate(ends or [[]]), prepend=0), f"sha256:{digest.hexdigest()}"
-
-
-def print_lengths(lengths: np.ndarray) -> None:
-    if not len(lengths):
-        return
-    print(f"  tokens a document: median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}, most {lengths.max():,}")
-    bounds = [0, 128, 256, 512, 1024, 2048, 4096, 8192, np.inf]
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        share = np.mean((lengths > low) & (lengths <= high))
-        label = f"up to {high:,}" if high < np.inf else f"above {low:,}"
-        print(f"  {label:>12}  {share:6.1%}  {'#' * round(50 * share)}")
+    digest, ends, position = hashlib.sha256(), [np.empty(0, int)], 0
+    for piece in tqdm(tokens.pieces(), unit=" pieces", leave=False):
+        check_range(piece, vocab_size, tokens.name)
+        digest.update(piece.tobytes())
+        ends.append(np.flatnonzero(piece == end_of_text) + position + 1)
+        position += len(piece)
+    return np.diff(np.concatenate(ends), prepend=0), f"sha256:{digest.hexdigest()}"
 
 
 if __name__ == "__main__":

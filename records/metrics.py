@@ -13,23 +13,18 @@ from run.errors import UserError, warn
 from run.settings import Settings
 
 FILE = "metrics.jsonl"
-WANDB_ID = "wandb_run_id"
 
 
 class Metrics:
-    """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file; rows
-    of an earlier part of the run are kept up to step `kept_steps` (-1: none).
-    """
+    """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file."""
 
-    def __init__(self, out_dir: Path, settings: Settings, kept_steps: int, active: bool):
+    def __init__(self, out_dir: Path, settings: Settings, started_at: int, resumed: bool, active: bool):
         self.active = active
-        if not active:
-            return
-        self.path = out_dir / FILE
-        self.unwritten, self.complained = b"", False
-        drop_rows_after(self.path, kept_steps)
-        self.wandb = start_wandb(settings, out_dir, kept_steps >= 0) if settings.wandb_log else None
-        self.bar = tqdm(initial=max(kept_steps, 0), total=settings.max_iters, unit="step", dynamic_ncols=True)
+        if active:
+            self.path = out_dir / FILE
+            self.unwritten, self.complained = b"", False
+            self.wandb = start_wandb(settings, out_dir, resumed) if settings.wandb_log else None
+            self.bar = tqdm(initial=started_at, total=settings.max_iters, unit="step", dynamic_ncols=True)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row; entries that are None are left out."""
@@ -73,12 +68,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows up to `step`, so that a resumed run has every step once; a half-written last row goes too."""
     rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
     scratch = path.with_name(path.name + ".tmp")
-    try:
-        scratch.unlink(missing_ok=True)  # it may be a link, which is not to be followed
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written to: {error.strerror}") from None
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +80,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a row of metrics") from None
@@ -97,11 +88,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(settings: Settings, out_dir: Path, resuming: bool) -> Any:
+def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
     import wandb
 
-    identity = out_dir / WANDB_ID  # a resumed run goes on with its curves
-    if not resuming or not identity.exists():
+    identity = out_dir / "wandb_run_id"  # a resumed run goes on with its curves
+    if not resumed or not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         return wandb.init(

@@ -1,7 +1,6 @@
 """Where a run computes: device, number format, compiler, and the rank it has in a torchrun job."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from run import ranks
@@ -29,6 +30,7 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
+SHORT_CONTEXT = 256  # tokens, up to which a CPU is faster with plain attention than with PyTorch's fused one
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class Machine:
     dtype: torch.dtype
     compile: bool
     ranks: Ranks = Ranks()
+    plain_attention: bool = False
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    @contextlib.contextmanager
+    def autocast(self):
+        """Around every forward pass: products in `dtype`, and the attention kernel that is fast here."""
+        attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else contextlib.nullcontext()
+        with attention, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
 
     def peak_flops(self) -> float | None:
         """The data-sheet peak of this device in FLOP/s for bfloat16, or None where it is not known or not used."""
@@ -62,22 +67,21 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"device = {name!r}: this machine has no CUDA device; use --device=auto or --device=cpu")
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
-        if device.index is not None and ranks.environment()[1] > 1:
-            raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device = {name!r}: this machine has no MPS device; use --device=auto or --device=cpu")
-    if device.type not in ("cpu", "mps"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps")
-    return device
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise UserError(
+            f"device = {name!r}: this machine has no {device.type.upper()} device; use --device=auto or --device=cpu"
+        )
+    if device.type != "cuda":
+        return device
+    if device.index is not None and ranks.environment()[1] > 1:
+        raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= (count := torch.cuda.device_count()):
+        raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
+    return torch.device("cuda", index)
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -93,26 +97,11 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile can build code for the device: a C++ compiler, Python's headers, and Triton on CUDA."""
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+    if device.type == "cuda" and not has_triton():
         return False
     names = (os.environ.get("CXX"), "g++", "clang++", "cl" if platform.system() == "Windows" else None)
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return headers and any(shutil.which(name) for name in names if name)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation, as PyTorch does on CUDA, unless the environment tells it
-    something (MALLOC_…). Large blocks that go back to the system come again page by page, zeroed, which takes time;
-    kept, they take more memory, as a block may not fit where another was (docs/performance.md has both).
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def set_up(settings: Settings) -> Machine:
@@ -120,16 +109,19 @@ def set_up(settings: Settings) -> Machine:
     device = find_device(settings.device)
     if settings.backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl: it joins CUDA devices, not {device.type}; use --backend=auto")
+    dtype = find_dtype(settings.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
-    if device.type == "cpu":
-        keep_freed_memory()
+    plain_attention = device.type == "cpu" and dtype == torch.bfloat16 and settings.block_size <= SHORT_CONTEXT
+    # without this PyTorch computes plain attention in float32; the flag is not CUDA's alone, whatever its name says
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
     machine = Machine(
         device=device,
-        dtype=find_dtype(settings.dtype, device),
+        dtype=dtype,
         compile=settings.compile and has_compiler(device),
         ranks=ranks.join(device, settings.backend, settings.timeout),
+        plain_attention=plain_attention,
     )
     if settings.compile and not machine.compile:
         machine.note("no compiler found for torch.compile: going on without it, which is slower")

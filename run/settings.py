@@ -1,21 +1,18 @@
 """The settings of a run: one typed dataclass, filled from config files and the command line, where later wins."""
 
+import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import math
-import operator
-import sys
-import textwrap
-import types
+import os
 import typing
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from run.errors import UserError
+from run.errors import Parser, UserError
 from run.files import read_small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,15 +33,14 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting of train.py. The defaults are the paper's GPT-2 small on OpenWebText."""
 
     # input and output
     out_dir: str = setting("out", "folder for checkpoints, settings.json and metrics.jsonl")
     init_from: str = setting(
-        "scratch",
-        "'scratch', 'resume', 'auto' (resume where there is a checkpoint), or GPT-2 weights: 'gpt2*' or a folder",
+        "scratch", "'scratch', 'resume', 'auto' (resume if it can), or weights: 'gpt2*' or a folder"
     )
     dataset: str = setting("openwebtext", "name of a folder in data/, or a path with a slash in it")
     eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint")
@@ -76,9 +72,7 @@ class Settings:
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off")
     rho: float | None = setting(None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer")
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one")
-    hessian_batch_size: int | None = setting(
-        None, "Sophia: sequences of the batch for an estimate; None: 32 (sophiah, averaged), 240 (paper), or all"
-    )
+    hessian_batch_size: int | None = setting(None, "Sophia: sequences per estimate; None: 32 (H, averaged), 240 (G)")
     hessian_estimator: Literal["paper", "averaged"] = setting(
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
     )
@@ -92,243 +86,166 @@ class Settings:
     # machine
     backend: Literal["auto", "nccl", "gloo"] = setting("auto", "torch.distributed's; auto: nccl on CUDA, else gloo")
     timeout: int = setting(600, "seconds that a rank waits for the others before it ends the run")
-    shard_optimizer: bool = setting(False, "split the optimizer's state over the ranks, to save memory")
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
     seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature")
 
+    @property
+    def uses_curvature(self) -> bool:
+        return self.optimizer in ("sophiah", "sophiag")
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-DEFAULTS = {name: field.default for name, field in FIELDS.items() if field.default is not None}
-TYPES = typing.get_type_hints(Settings)
+# What a setting may be: `float | None` gives (float, NoneType), Literal["auto", "gloo"] gives ("auto", "gloo").
+ALLOWED = {name: typing.get_args(field.type) or (field.type,) for name, field in FIELDS.items()}
+CONVERTERS = {int: int, float: float, bool: {"True": True, "False": False}.__getitem__}  # of a text
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
 
 
 def read(arguments: Sequence[str]) -> Settings:
-    """Settings from `[CONFIG.py …] [--name=value …]`, later wins, checked and complete (no None that has a default).
-    `--help` prints every setting and exits. Raises UserError for anything that is not a setting or cannot be.
-    """
-    values: dict[str, Any] = {}
-    arguments = list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if argument in ("-h", "--help"):
-            print(help_text())
-            sys.exit(0)
+    """Settings from `[CONFIG.py …] [--name=value …]`, later wins, checked and complete (no None that has a default)."""
+    parser, values, remaining = make_parser(), {}, list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         if not argument.startswith("-"):
-            values |= read_config(Path(argument), DEFAULTS | values)
+            values |= read_config(Path(argument))
             continue
-        name, equals, text = argument.lstrip("-").partition("=")
-        check_name(name, "the command line")
-        if not equals:
-            if not arguments or arguments[0].startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name}=VALUE")
-            text = arguments.pop(0)
-        values[name] = coerce(name, text if text_is_value(name, text) else literal(name, text), "the command line")
+        if argument not in ("-h", "--help"):
+            check_name(argument.removeprefix("--").partition("=")[0], "the command line")
+        value = [] if "=" in argument else remaining[:1]
+        remaining = remaining[len(value) :]
+        values |= vars(parser.parse_args([argument, *value]))
     return complete(Settings(**values))
 
 
-def text_is_value(name: str, text: str) -> bool:
-    return typing.get_origin(TYPES[name]) is Literal or (str in kinds(name) and text != "None")
-
-
-def kinds(name: str) -> tuple[type, ...]:
-    """The types a setting may have: `float | None` gives (float, NoneType), a Literal of strings (str,)."""
-    hint = TYPES[name]
-    if typing.get_origin(hint) is Literal:
-        return (str,)
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def make_parser() -> Parser:
+    parser = Parser("Later wins. A config file holds lines of the form name = LITERAL, or include = 'other.py'.")
+    parser.usage = "python train.py [CONFIG.py …] [--name=value …]"
+    for name, field in FIELDS.items():
+        meaning = f"{field.metadata['help']} ({type_name(name)}; default: {field.default})"
+        convert = functools.partial(from_text, name)
+        parser.add_argument(f"--{name}", type=convert, default=argparse.SUPPRESS, metavar="VALUE", help=meaning)
+    return parser
 
 
 def type_name(name: str) -> str:
-    hint = TYPES[name]
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
-    return " or ".join(names[kind] for kind in kinds(name))
+    return " or ".join(TYPE_NAMES.get(allowed, allowed) for allowed in ALLOWED[name])
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value of a setting on the command line."""
+    try:
+        value = None if text == "None" else CONVERTERS.get(ALLOWED[name][0], str)(text)
+    except (ValueError, KeyError):
+        value = text  # is not of the setting's type, as check_value will say
+    return check_value(name, value, "the command line")
 
 
 def check_name(name: str, where: str) -> None:
     if name not in FIELDS:
-        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-        raise UserError(f"unknown setting {shorten(name)} in {where}; did you mean {near[0]!r}? (--help lists all)")
+        raise UserError(f"unknown setting {shorten(name)} in {where}; {did_you_mean(name, FIELDS)} (--help lists all)")
 
 
-def literal(name: str, text: str) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # which Python prints of '\d', 1if … on lines of its own
-            return ast.literal_eval(text.strip())
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text  # not of the setting's type, as `coerce` will say
-
-
-def coerce(name: str, value: Any, where: str) -> Any:
-    """`value` as the setting's type, or a UserError; whole numbers pass as floats, nothing else is converted."""
-    if type(value) is int and not -(2**63) <= value < 2**63:
-        raise UserError(f"{name} in {where}: the number is too large")
-    if type(value) is int and float in kinds(name):
+def check_value(name: str, value: Any, where: str) -> Any:
+    """`value` as the setting's type, or a UserError. Whole numbers pass as floats, nothing else is converted."""
+    if (type(value) is int and abs(value) >= 2**63) or (type(value) is float and not math.isfinite(value)):
+        raise UserError(f"{name} in {where}: the number must be finite and fit into 64 bits")
+    if type(value) is int and float in ALLOWED[name]:
         value = float(value)
-    if type(value) not in kinds(name):
-        raise UserError(f"{name} = {shorten(value)} in {where}: must be {type_name(name)}")
-    if typing.get_origin(TYPES[name]) is Literal and value not in typing.get_args(TYPES[name]):
-        near = difflib.get_close_matches(value, typing.get_args(TYPES[name]), n=1, cutoff=0)
-        raise UserError(f"{name} = {shorten(value)} in {where}: must be {type_name(name)}; did you mean {near[0]!r}?")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} = {value} in {where}: must be finite")
+    if type(value) not in ALLOWED[name] and value not in ALLOWED[name]:
+        choices = [choice for choice in ALLOWED[name] if isinstance(choice, str)]
+        hint = f"; {did_you_mean(str(value), choices)}" if choices else ""
+        raise UserError(f"{name} = {shorten(value)} in {where}: must be {type_name(name)}{hint}")
     return value
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    return f"did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r}?"
+
+
 def shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def read_config(path: Path, included_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The assignments of a config file. It is read as data: nothing in it is executed."""
+    files, values = (*included_by, os.path.abspath(path)), {}
     try:
-        text = repr(value)
-        return text if len(text) <= 60 else text[:59] + "…"
-    except ValueError:  # Python refuses to print very long integers
-        return "a very large number"
-
-
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-MAX_BITS = 4096  # of a number on the way to a value
-MAX_INCLUDES = 20  # files that a config file includes, and these include, and so on
-
-
-def read_config(path: Path, known: dict[str, Any] | None = None, files: list[Path] | None = None) -> dict[str, Any]:
-    """The assignments of a config file: `name = value`, a value being a literal or arithmetic on numbers and on names
-    assigned before (`known` or in this file). `include = "other.py"` takes over another file's, relative to this one.
-    The file is read as data: nothing in it is executed.
-    """
-    tree = parse(path)
-    known = known or {}
-    files = [] if files is None else files  # included so far
-    values: dict[str, Any] = {}
+        tree = ast.parse(read_small(path).decode("utf-8-sig"), path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"config file {path}: {getattr(error, 'strerror', error)}") from None
     for node in tree.body:
         where = f"{path}, line {node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"{where}: a config file holds only lines of the form name = value")
-        name = node.targets[0].id
-        if name == "include":
-            if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
-                raise UserError(f"{where}: include must be the name of a config file, in quotes")
-            files.append(path.parent / node.value.value)
-            if len(files) > MAX_INCLUDES:
-                raise UserError(f"{where}: more than {MAX_INCLUDES} files are included, by each other perhaps")
-            values |= read_config(files[-1], known | values, files)
-            continue
-        check_name(name, where)
-        try:
-            value = evaluate(node.value, known | values, where)
-        except RecursionError:
-            raise UserError(f"{where}: the expression is nested too deeply") from None
-        values[name] = coerce(name, value, where)
+        match node:
+            case ast.Expr(ast.Constant(str())):
+                pass  # a docstring
+            case ast.Assign([ast.Name("include")], ast.Constant(str(other))):
+                if os.path.abspath(path.parent / other) in files:
+                    raise UserError(f"{where}: with {other} the file would include itself")
+                values |= read_config(path.parent / other, files)
+            case ast.Assign([ast.Name(name)], expression):
+                try:
+                    value = ast.literal_eval(expression)
+                except (ValueError, TypeError):
+                    raise UserError(f"{where}: {name} must be a literal, a config file is not executed") from None
+                check_name(name, where)
+                values[name] = check_value(name, value, where)
+            case _:
+                raise UserError(f"{where}: a config file holds only lines of the form name = LITERAL")
     return values
-
-
-def parse(path: Path) -> ast.Module:
-    """The syntax tree of a config file."""
-    try:
-        text = read_small(path).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"config file {path}: {getattr(error, 'strerror', error)}") from None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
-        raise UserError(f"config file {path}{line}: not assignments in Python's notation") from None
-
-
-def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
-    if isinstance(node, ast.Constant):
-        if type(node.value) is int and node.value.bit_length() > MAX_BITS:
-            raise UserError(f"{where}: the number is too large")
-        return node.value
-    if isinstance(node, ast.Name):
-        if node.id not in names:
-            raise UserError(f"{where}: {node.id:.60} is used but has no value yet")
-        return names[node.id]
-    if isinstance(node, ast.BinOp | ast.UnaryOp) and type(node.op) in OPERATORS:
-        operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
-        numbers = [evaluate(operand, names, where) for operand in operands]
-        if any(type(number) not in (int, float) for number in numbers):
-            raise UserError(f"{where}: arithmetic is for numbers only")
-        if isinstance(node.op, ast.Pow) and (abs(numbers[0]) > 2**63 or abs(numbers[1]) > 64):
-            raise UserError(f"{where}: the power is too large")
-        try:
-            result = OPERATORS[type(node.op)](*numbers)
-        except (ArithmeticError, ValueError) as error:
-            raise UserError(f"{where}: {error.args[-1]}") from None
-        if type(result) not in (int, float) or abs(result) > 2**MAX_BITS:
-            raise UserError(f"{where}: the result is not a number of reasonable size")
-        return result
-    raise UserError(f"{where}: only literals and arithmetic are allowed, a config file is not executed")
 
 
 def complete(settings: Settings) -> Settings:
     """Fill in what is left at None, and refuse impossible values."""
-    s = settings
-    defaults = dict(OPTIMIZER_DEFAULTS[s.optimizer])
-    if s.optimizer.startswith("sophia"):
-        defaults["hessian_batch_size"] = min(defaults["hessian_batch_size"], s.batch_size)
-    if s.optimizer == "sophiag" and s.hessian_estimator == "averaged":
-        whole_groups = s.batch_size // max(s.hessian_group_size, 1) * s.hessian_group_size
+    defaults = OPTIMIZER_DEFAULTS[settings.optimizer] | {"wandb_run_name": Path(settings.out_dir).name}
+    if settings.uses_curvature:
+        defaults["hessian_batch_size"] = min(defaults["hessian_batch_size"], settings.batch_size)
+    if settings.optimizer == "sophiag" and settings.hessian_estimator == "averaged":
+        whole_groups = settings.batch_size // max(settings.hessian_group_size, 1) * settings.hessian_group_size
         defaults["hessian_batch_size"] = min(AVERAGED_HESSIAN_BATCH_SIZE, whole_groups)
-    defaults |= {"lr_decay_iters": s.max_iters, "min_lr": 0.05 * s.learning_rate}
-    defaults |= {"wandb_run_name": Path(s.out_dir).name}
-    s = dataclasses.replace(s, **{name: value for name, value in defaults.items() if getattr(s, name) is None})
+    defaults |= {"lr_decay_iters": settings.max_iters, "min_lr": 0.05 * settings.learning_rate}
+    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, **missing)
+    check_ranges(settings)
+    return settings
 
-    for name in "eval_interval log_interval keep_checkpoints n_head n_embd block_size".split():
-        require(s, name, getattr(s, name) >= 1, "at least 1")
+
+def check_ranges(settings: Settings) -> None:
+    def require(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{name} = {getattr(settings, name)!r}: must be {expected}")
+
+    for name in "eval_interval log_interval keep_checkpoints n_head block_size".split():
+        require(name, getattr(settings, name) >= 1, "at least 1")
     for name in "hessian_interval hessian_group_size max_iters lr_decay_iters".split():
-        require(s, name, getattr(s, name) >= 1, "at least 1")
-    for name, largest in {"n_layer": 1000, "batch_size": 2**16, "micro_batch_size": 2**16, "timeout": 10**6}.items():
-        require(s, name, 1 <= getattr(s, name) <= largest, f"from 1 to {largest}")
-    for name in "eval_sequences learning_rate weight_decay grad_clip warmup_iters min_lr seed".split():
-        require(s, name, getattr(s, name) >= 0, "at least 0")
+        require(name, getattr(settings, name) >= 1, "at least 1")
+    for name, largest in {
+        "n_layer": 1000,
+        "n_embd": 2**16,
+        "batch_size": 2**16,
+        "micro_batch_size": 2**16,
+        "timeout": 10**6,
+    }.items():
+        require(name, 1 <= getattr(settings, name) <= largest, f"from 1 to {largest}")
+    for name in "eval_sequences learning_rate weight_decay grad_clip warmup_iters min_lr rho seed".split():
+        require(name, (getattr(settings, name) or 0) >= 0, "at least 0")
     for name in ("dropout", "beta1", "beta2"):
-        require(s, name, 0 <= getattr(s, name) < 1, "in [0, 1)")
-    require(s, "out_dir", s.out_dir != "" and "\0" not in s.out_dir, "a folder")
-    near = s.n_head * max(1, round(s.n_embd / s.n_head))
-    require(s, "n_embd", s.n_embd % s.n_head == 0, f"a multiple of n_head = {s.n_head}, {near} for example")
-    require(s, "min_lr", s.min_lr <= s.learning_rate or not s.decay_lr, f"at most learning_rate = {s.learning_rate}")
-    if s.optimizer.startswith("sophia"):
-        require(s, "rho", s.rho >= 0, "at least 0")
-        fits = 1 <= s.hessian_batch_size <= s.batch_size
-        require(s, "hessian_batch_size", fits, f"from 1 to batch_size = {s.batch_size}, whose first sequences it takes")
-    return s
+        require(name, 0 <= getattr(settings, name) < 1, "in [0, 1)")
 
-
-def require(settings: Settings, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{name} = {getattr(settings, name)!r}: must be {expected}")
+    require("out_dir", settings.out_dir != "" and "\0" not in settings.out_dir, "a folder")
+    n_head, peak, batch_size = settings.n_head, settings.learning_rate, settings.batch_size
+    near = n_head * max(1, round(settings.n_embd / n_head))
+    require("n_embd", settings.n_embd % n_head == 0, f"a multiple of n_head = {n_head}, {near} for example")
+    require("min_lr", settings.min_lr <= peak or not settings.decay_lr, f"at most learning_rate = {peak}")
+    if settings.uses_curvature:
+        fits = 1 <= settings.hessian_batch_size <= batch_size
+        require("hessian_batch_size", fits, f"from 1 to batch_size = {batch_size}, whose first sequences it takes")
 
 
 def require_multiple(name: str, value: int, of: int, why: str, instead: str = "") -> None:
     """`value` must be a multiple of `of`; otherwise the message names the nearest values that are, then `instead`."""
     if value % of:
-        below, above = value // of * of, (value // of + 1) * of
-        near = f"{below} or {above}" if below else f"{above}"
+        near = " or ".join(str(multiple * of) for multiple in (value // of, value // of + 1) if multiple)
         raise UserError(f"{name} = {value} is not a multiple of {of} ({why}); {near} would do{instead}")
-
-
-def help_text() -> str:
-    lines = [
-        "usage: python train.py [CONFIG.py …] [--name=value …]",
-        "",
-        "Later wins. Settings, with their defaults:",
-        "",
-    ]
-    for name, field in FIELDS.items():
-        lines.append(f"  --{name}={field.default}  ({type_name(name)})")
-        lines += textwrap.wrap(field.metadata["help"], 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)

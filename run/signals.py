@@ -9,7 +9,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Preemption:
+class StopSignals:
     """Within this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, for the loop to stop after its step: `asked`
     names the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
     """
@@ -18,17 +18,17 @@ class Preemption:
         self.asked: str | None = None
         self.note = note  # shows a line
 
-    def __enter__(self) -> "Preemption":
+    def __enter__(self) -> "StopSignals":
         # one that is ignored stays so, as SIGHUP under nohup
         heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.asked:
             self.asked = signal.Signals(number).name
             self.note(f"{self.asked}: finishing the step, then writing a checkpoint")

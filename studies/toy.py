@@ -19,7 +19,6 @@ from torch import Tensor
 from lion import Lion
 from run import errors
 from sophia import SophiaH
-from training import figures
 
 START = (0.2, 0.0)
 MINIMUM = (1.0, 4.0)
@@ -84,7 +83,8 @@ def main() -> None:
     axes.plot(*MINIMUM, marker="*", markersize=16, color="black", linestyle="", label="minimum")
     axes.set(xlabel="θ₁", ylabel="θ₂", xlim=(-0.9, 1.5), ylim=(-0.5, 5), title=f"{STEPS} steps from {START}")
     axes.legend(loc="center left")
-    figures.save(figure, output)
+    figure.savefig(output, dpi=150)
+    print(output.resolve())
 
 
 if __name__ == "__main__":

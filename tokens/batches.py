@@ -35,7 +35,7 @@ class Batches:
 
     def train(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of update `step`. Each is read while the device works on the one before."""
-        start, stop = self._share(self.settings.batch_size)
+        start, stop = self.machine.ranks.slice(self.settings.batch_size)
         parts = list(chunks(start, stop, self.settings.micro_batch_size))
         upcoming = [*((step, part) for part in parts[1:]), (step + 1, parts[0])]
         for part, following in zip(parts, upcoming, strict=True):
@@ -50,7 +50,7 @@ class Batches:
         """This rank's part of the first hessian_batch_size sequences of update `step`, `size` at a time, as
         ((x, y), (first, last)) with the numbers of the sequences. Groups of `group` sequences stay on one rank.
         """
-        start, stop = self._share(self.settings.hessian_batch_size // group)
+        start, stop = self.machine.ranks.slice(self.settings.hessian_batch_size // group)
         for first, last in chunks(start * group, stop * group, size):
             yield self._train_rows(step, first, last), (first, last)
 
@@ -60,7 +60,7 @@ class Batches:
         """
         size = self.settings.micro_batch_size
         starts = self.data.val_blocks(self.settings.eval_sequences)
-        start, stop = self._share(len(starts))
+        start, stop = self.machine.ranks.slice(len(starts))
         for first, last in chunks(start, stop, size):
             x, y = self._on_device(self.data.val_rows(starts[first:last]))
             filler = size - (last - first)
@@ -74,11 +74,6 @@ class Batches:
         generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
         return torch.rand(shape, generator=generator).to(self.machine.device)
-
-    def _share(self, count: int) -> tuple[int, int]:
-        """The consecutive part (start, stop) of `count` things that falls to this rank; parts differ by one at most."""
-        ranks = self.machine.ranks
-        return count * ranks.rank // ranks.count, count * (ranks.rank + 1) // ranks.count
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()

@@ -1,6 +1,5 @@
 """The two vocabularies: GPT-2's byte pairs, by tiktoken, and plain bytes."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 from run.errors import UserError
 
 
-@dataclass(frozen=True)
 class Bytes:
     """Every byte of UTF-8 is a token; 0 ends a text."""
 
@@ -23,13 +21,12 @@ class Bytes:
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """The tokens of all texts, an end of text after each, as uint16."""
         joined = b"".join(text.encode("utf-8") + b"\0" for text in texts)
-        return np.frombuffer(joined, dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(joined, dtype=np.uint8).astype("<u2")
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         return bytes(token for token in tokens if token < self.vocab_size)
 
 
-@dataclass(frozen=True)
 class GPT2:
     """GPT-2's 50,257 byte pairs."""
 
@@ -44,24 +41,20 @@ class GPT2:
         try:
             return tiktoken.get_encoding("gpt2")
         except OSError as error:  # the network's errors are OSErrors too
-            raise UserError(
-                "the GPT-2 vocabulary could not be downloaded; connect to the network once, or set TIKTOKEN_CACHE_DIR"
-                f" to a folder that has it ({type(error).__name__})"
-            ) from None
+            why = f"the GPT-2 vocabulary could not be downloaded ({type(error).__name__})"
+            raise UserError(f"{why}: set TIKTOKEN_CACHE_DIR to a folder that has it, or connect once") from None
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
-        """The tokens of all texts, an end of text after each, as uint16. Other threads run while it works."""
+        """The tokens of all texts, an end of text after each, as uint16. Other threads run meanwhile."""
         end = np.array([self.end_of_text], dtype=np.uint32)
-        # without special tokens this is encode_ordinary, but for the list of Python's integers
-        pieces = map(self._encode_to_numpy, texts)
-        parts = [part for piece in pieces for part in (piece, end)]
-        return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
+        parts = [part for text in texts for part in (self._encode_to_numpy(text), end)]
+        return np.concatenate([end[:0], *parts], dtype="<u2", casting="unsafe")
 
     def _encode_to_numpy(self, text: str) -> np.ndarray:
-        try:
+        try:  # without special tokens this is encode_ordinary, but for the list of Python's integers
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:  # a run of a million blanks is too much for tiktoken's regular expression
             raise UserError(f"tiktoken cannot encode the document that begins {text[:40]!r}: {error}") from None

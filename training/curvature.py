@@ -1,17 +1,15 @@
 """The curvature step: Sophia's estimates over many micro-batches and many ranks."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT, token_cross_entropy
+from model import GPT
 from run import randomness
 from run.machine import Machine
 from run.settings import Settings
-from sophia import hessian_vector_product, labels_from_uniforms, normal_like
+from sophia import hessian_vector_product, normal_like
 from tokens.batches import Batches
 
 
@@ -22,22 +20,20 @@ class Curvature:
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
-        self.add_loss_curvature = add_loss_curvature
-        if machine.compile:
-            self.add_loss_curvature = torch.compile(add_loss_curvature, dynamic=False)
+        self._add_product = torch.compile(add_product, dynamic=False) if machine.compile else add_product
 
     def is_due(self, step: int) -> bool:
         """Whether update `step` (from 1) begins with an estimate: the first does, then every hessian_interval-th."""
-        return self.settings.optimizer.startswith("sophia") and (step - 1) % self.settings.hessian_interval == 0
+        return self.settings.uses_curvature and (step - 1) % self.settings.hessian_interval == 0
 
     def estimate(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """One tensor for each of `params`, the same on every rank."""
-        s = self.settings
-        if s.dropout > 0:
-            randomness.seed_dropout(s.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
-        if s.optimizer == "sophiah":
+        settings = self.settings
+        if settings.dropout > 0:
+            randomness.seed_dropout(settings.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
+        if settings.optimizer == "sophiah":
             return self._hutchinson(step, params)
-        if s.hessian_estimator == "averaged":
+        if settings.hessian_estimator == "averaged":
             return self._averaged_gauss_newton_bartlett(step, params)
         return self._gauss_newton_bartlett(step, params)
 
@@ -47,9 +43,10 @@ class Curvature:
         mean = [torch.zeros_like(param) for param in params]
         uniforms = self.batches.label_uniforms(step)
         for (x, _), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
-            weight = (last - first) / sequences
-            torch._foreach_add_(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), alpha=weight)
-        self.machine.ranks.sum(mean)
+            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
+            torch._foreach_add_(mean, gradients, alpha=(last - first) / sequences)
+            del gradients  # as large as the weights
+        self.machine.ranks.all_reduce(mean)
         torch._foreach_mul_(mean, mean)
         torch._foreach_mul_(mean, sequences * self.settings.block_size)
         return mean
@@ -58,18 +55,20 @@ class Curvature:
         """The mean of b * g * g over n groups of b token positions each: unbiased like the paper's estimate for every
         b, with about an n-th of its variance (more for parameters that few positions of a group touch).
         """
-        s = self.settings
+        group = self.settings.hessian_group_size
         mean = [torch.zeros_like(param) for param in params]
-        weight = s.hessian_group_size * s.block_size / (s.hessian_batch_size // s.hessian_group_size)  # b / n
+        weight = group * self.settings.block_size / (self.settings.hessian_batch_size // group)  # b / n
         uniforms = self.batches.label_uniforms(step)
-        for (x, _), (first, last) in self.batches.curvature(step, s.hessian_group_size, group=s.hessian_group_size):
-            add_squares(mean, self._sampled_gradients(params, x, uniforms[:, first:last]), weight)
-        self.machine.ranks.sum(mean)
+        for (x, _), (first, last) in self.batches.curvature(step, group, group=group):
+            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
+            torch._foreach_addcmul_(mean, gradients, gradients, value=weight)
+            del gradients
+        self.machine.ranks.all_reduce(mean)
         return mean
 
     def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         with self.machine.autocast():
-            loss = self.model(x, uniforms, draw=labels_from_uniforms)
+            loss = self.model.sampled_loss(x, uniforms)
         return torch.autograd.grad(loss, params)
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
@@ -83,32 +82,21 @@ class Curvature:
         # Forward over reverse keeps every activation twice, and the directions besides: a quarter of a micro-batch
         # takes about the memory of a whole one in training. Checkpoints have no forward mode: without them it is an
         # eighth of a micro-batch that is trained on with them.
-        size = max(1, self.settings.micro_batch_size // (8 if self.model.checkpoint_activations else 4))
+        checkpointed = self.model.h.checkpoint_activations
+        self.model.h.checkpoint_activations = False
+        size = max(1, self.settings.micro_batch_size // (8 if checkpointed else 4))
         for (x, y), (first, last) in self.batches.curvature(step, size):
             weight = (last - first) / self.settings.hessian_batch_size
-            # fused attention has no second derivative
-            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH), keeping_activations(self.model):
-                self.add_loss_curvature(mean, weight, self.model, point, towards, x, y)
+            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                self._add_product(mean, weight, self.model, point, towards, x, y)
+        self.model.h.checkpoint_activations = checkpointed
         products = list(mean.values())
-        self.machine.ranks.sum(products)
+        self.machine.ranks.all_reduce(products)
         torch._foreach_mul_(products, directions)
         return products
 
 
-def add_squares(total: list[Tensor], tensors: tuple[Tensor, ...], weight: float) -> None:
-    torch._foreach_addcmul_(total, tensors, tensors, value=weight)
-
-
-@contextlib.contextmanager
-def keeping_activations(model: GPT) -> Iterator[None]:
-    checkpointed, model.checkpoint_activations = model.checkpoint_activations, False
-    try:
-        yield
-    finally:
-        model.checkpoint_activations = checkpointed
-
-
-def add_loss_curvature(
+def add_product(
     total: dict[str, Tensor],
     weight: float,
     model: GPT,
@@ -120,8 +108,10 @@ def add_loss_curvature(
     """Add weight * H u of the training loss at the weights `point` to `total`."""
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
-        # from the logits, as a model's own loss has no forward mode
-        return token_cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+        # from the logits, as the model's own loss can be differentiated only once
+        logits = torch.func.functional_call(model, weights, (x,))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.flatten(0, 1).to(wide), y.flatten(), ignore_index=-1)
 
     for name, product in hessian_vector_product(loss, point, directions).items():
         total[name].add_(product, alpha=weight)

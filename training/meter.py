@@ -1,0 +1,94 @@
+"""What the updates since the last logged row came to."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from records.checkpoints import Progress
+from run.errors import Diverged
+from run.machine import Machine
+from run.settings import Settings
+from tokens.batches import Batches
+from training.optimizers import learning_rate
+
+
+class StepResult(NamedTuple):
+    """What an update tells: float32 scalars, still on the device."""
+
+    loss: Tensor  # mean over this rank's part of the batch
+    own_gradient_norm: Tensor  # of this rank's part of the gradient; 0 with one rank
+    gradient_norm: Tensor  # of the batch's gradient, before clipping
+
+
+class Meter:
+    """Collects the results of updates, and makes a row of metrics.jsonl of them."""
+
+    def __init__(
+        self, settings: Settings, machine: Machine, batches: Batches, progress: Progress, flops_per_token: float
+    ):
+        self.settings, self.machine, self.batches, self.progress = settings, machine, batches, progress
+        self.flops_per_token = flops_per_token
+
+    def restart(self) -> None:
+        """Begin a new row, and with it the measurement of time."""
+        self.results: list[StepResult] = []
+        self.started, self.waited = time.perf_counter(), self.batches.seconds_waited
+
+    def note_validation(self, loss: float) -> float:
+        """Keep a validation loss in the progress, and return it; Diverged where it is not finite."""
+        progress = self.progress
+        check_finite(loss, f"the validation loss is {loss}", progress.step)
+        progress.val_loss = loss
+        if progress.best_val_loss is None or loss < progress.best_val_loss:
+            progress.best_val_loss, progress.best_step = loss, progress.step
+        return loss
+
+    def add(self, result: StepResult) -> None:
+        self.results.append(result)
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The row of update `step`, the last that was added. This is the one place where the host waits for the device.
+        Updates the progress. Diverged where a loss or a gradient of these updates is not finite.
+        """
+        settings, progress, machine = self.settings, self.progress, self.machine
+        results = machine.ranks.all_gather(torch.stack([torch.stack(result) for result in self.results])).cpu()
+        losses, norms = results[:, :, 0].mean(dim=0).tolist(), results[0, :, 2].tolist()  # of each update
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            what = f"the training loss is {loss}, its gradient's norm {norm}"
+            if not math.isfinite(loss + norm):
+                what += culprits(results[:, number, :2], machine)
+            check_finite(loss + norm, what, step - len(losses) + 1 + number)
+        seconds = time.perf_counter() - self.started
+        tokens = settings.batch_size * settings.block_size  # of a step
+        speed, peak = len(losses) * tokens / seconds, machine.peak_flops()
+        progress.step = step
+        progress.seconds += seconds
+        progress.clipped_steps += sum(norm > settings.grad_clip > 0 for norm in norms)
+        return {
+            "step": step,
+            "tokens": step * tokens,
+            "seconds": progress.seconds,
+            "lr": learning_rate(settings, step),
+            "train/loss": losses[-1],
+            "grad_norm": norms[-1],
+            "clip_rate": progress.clipped_steps / step,
+            "tokens_per_second": speed,
+            "data_wait": (self.batches.seconds_waited - self.waited) / seconds,
+            "mfu": speed * self.flops_per_token / (peak * machine.ranks.count) if peak else None,
+        }
+
+
+def check_finite(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise Diverged(f"{what} at step {step}: stopped")
+
+
+def culprits(parts: Tensor, machine: Machine) -> str:
+    """The ranks whose own part (loss, gradient norm) of a step, a row of `parts`, is not finite where others' are."""
+    bad = (~parts.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if len(bad) in (0, machine.ranks.count):
+        return ""
+    return f", because of {', '.join(map(machine.ranks.name, bad))} alone: is that device in order?"

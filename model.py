@@ -78,10 +78,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """The blocks in turn. With `checkpoint_activations` only their inputs are kept for the backward pass, which
-    computes the rest again."""
-
-    checkpoint_activations = False
+    checkpoint_activations = False  # if set, only the blocks' inputs are kept for the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:

@@ -7,6 +7,7 @@ import argparse
 import codecs
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,11 +23,11 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
     parser.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
-    parser.add_argument("--num_samples", type=positive, default=1, help="texts to write (default %(default)s)")
-    parser.add_argument("--max_new_tokens", type=positive, default=500, help="tokens a text (default %(default)s)")
-    parser.add_argument("--temperature", type=non_negative, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=positive, help="sample from the k likeliest tokens only")
-    parser.add_argument("--seed", type=seed, default=1337, help="same seed, same text (default %(default)s)")
+    parser.add_argument("--num_samples", type=at_least(1), default=1, help="texts to write (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=500, help="tokens a text (default %(default)s)")
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=at_least(1), help="sample from the k likeliest tokens only")
+    parser.add_argument("--seed", type=at_least(0), default=1337, help="same seed, same text (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     options = parser.parse_args()
 
@@ -36,9 +37,7 @@ def main() -> None:
     start = start_text(options.start)
     tokens = tokenizer.encode(start) or [tokenizer.end_of_text]
     if max(tokens) >= checkpoint.config.vocab_size:
-        raise errors.UserError(
-            f"--start has the token {max(tokens)}, beyond the model's {checkpoint.config.vocab_size}"
-        )
+        raise errors.UserError(f"--start has a token beyond the model's vocabulary of {checkpoint.config.vocab_size}")
     model = GPT(checkpoint.config)
     checkpoint.load_model(model)
     model.to(device).eval()
@@ -68,25 +67,16 @@ def start_text(start: str) -> str:
         raise errors.UserError(f"--start: {path} cannot be read as UTF-8 text: {error}") from None
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+    """Converts an option's text."""
 
+    def convert(text: str) -> float:
+        number = kind(text)
+        if not least <= number < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to 2^63 - 1")
+        return number
 
-def seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
-    return number
-
-
-def non_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return number
+    return convert
 
 
 if __name__ == "__main__":

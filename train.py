@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import GPT
 from records.checkpoint_writer import CheckpointWriter
-from records.checkpoints import Checkpoint, Progress, check_same_run, last_good
+from records.checkpoints import Checkpoint, Progress, last_good
 from records.metrics import Metrics
 from records.run_folder import RunFolder
 from run import errors, randomness, ranks
@@ -26,9 +26,9 @@ from tokens.batches import Batches, check_batch
 from tokens.token_files import TokenData, open_data
 from training.curvature import Curvature
 from training.meter import Meter, StepResult
-from training.optimizers import learning_rate, load_state, make_optimizer, parameters
+from training.optimizers import learning_rate, make_optimizer, parameters
 from training.parallel import DataParallel
-from training.start import check_same_job, describe, make_model, started_from
+from training.start import check_same_job, describe, make_model, resume, started_from
 
 
 def update(
@@ -114,22 +114,14 @@ def train(
     check_same_job(settings, data, machine)
     checkpoint = machine.ranks.broadcast_object(checkpoint)
     torch.manual_seed(settings.seed)
-    model = make_model(settings, data, checkpoint)
-    changes = check_same_run(checkpoint, model.config, settings, data) if checkpoint else []
-    if checkpoint and machine.ranks.is_main:
-        checkpoint.load_model(model)
-    model.h.checkpoint_activations = settings.checkpoint_activations
-    if machine.compile:
-        model.compile()
-    parallel = DataParallel(model.to(machine.device), machine)
+    model = make_model(settings, data, machine, checkpoint)
+    parallel = DataParallel(model, machine)
     optimizer = make_optimizer(model, settings, machine)
-    if checkpoint:
-        load_state(model, optimizer, checkpoint.optimizer_state(model) if machine.ranks.is_main else {}, machine.ranks)
-    progress = checkpoint.progress if checkpoint else Progress(started_from(settings))
+    progress = resume(checkpoint, model, optimizer, machine) if checkpoint else Progress(started_from(settings))
     batches = Batches(data, settings, machine)
     curvature = Curvature(model, settings, machine, batches)
 
-    describe(settings, machine, model, data, progress, changes)
+    describe(settings, data, machine, model, checkpoint)
     if settings.eval_only:
         machine.note(f"validation loss {evaluate(model, batches):.4f} at step {progress.step}")
         return
@@ -151,12 +143,9 @@ def train(
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": val_loss})
             writer.begin(progress)
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
-
-        stopping = False
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
             meter.add(update(step, parallel, optimizer, batches, curvature, writer))
-
             stopping = machine.ranks.any(signals.asked is not None)
             evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
             logging = step % settings.log_interval == 0 or evaluating
@@ -165,16 +154,15 @@ def train(
             row = meter.row(step)
             if evaluating:
                 row["val/loss"] = meter.note_validation(evaluate(model, batches))
+            if settings.uses_curvature:
+                row["win_rate"] = optimizer.unclipped_fraction()
             if logging:
-                if settings.uses_curvature:
-                    row["win_rate"] = optimizer.unclipped_fraction()
                 metrics.write(row)
             if evaluating or stopping:
                 writer.begin(progress)
             if stopping:
                 break
             meter.restart()
-
         writer.finish_or_fail()
     if stopping and progress.step < settings.max_iters:
         why = f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}"

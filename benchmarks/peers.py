@@ -1,90 +1,78 @@
 """Training steps of other projects, from their checkouts: nanoGPT, and the released code of Sophia."""
 
-import contextlib
+import dataclasses
 import importlib
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.common import VOCAB_SIZE
-from run import errors, machine
-from run.settings import read
+from run.errors import UserError
+from run.machine import Machine
+from run.settings import Settings
+from tokens.tokenizers import GPT2
 
 NOTES = [
     "nanoGPT's optimizer is AdamW and the released Sophia's is Sophia-G, whatever ours is",
-    "as_it_runs: float32 without torch.compile, as nanoGPT runs on a CPU; same: the format and the compilation of ours",
-    "a peer's batch is on the device already, where ours is read and copied",
-    "nanoGPT's AdamW is fused on CUDA alone, ours everywhere",
-    "on a CPU ours keeps freed memory and flushes denormal numbers, peers run as Python starts them",
+    "same: the number format and the compilation of ours; as_it_runs: float32, eager, as nanoGPT runs on a CPU",
+    "a peer's batch is on the device already, ours is read and copied",
+    "all run under the same environment variables; on a CPU ours alone flushes denormals and has a fused AdamW",
     "the released Sophia estimates curvature on all sequences of a step, ours on hessian_batch_size of them",
-    "peak_bytes of a CPU are those of the whole process after warm-up, libraries included (and the compiler's)",
 ]
+
+
+def machines(folder: Path, machine: Machine) -> dict[str, Machine]:
+    """Names for the peer in `folder`, and how it computes under each: as ours does, and on a CPU as by itself."""
+    if not (folder / "model.py").is_file():
+        raise UserError(f"--peer {folder} is no checkout of nanoGPT or of the released Sophia: it has no model.py")
+    same, name = dataclasses.replace(machine, plain_attention=False), folder.resolve().name
+    as_it_runs = dataclasses.replace(same, dtype=torch.float32, compile=False)
+    return ({f"{name}_as_it_runs": as_it_runs} if machine.device.type == "cpu" else {}) | {f"{name}_same": same}
 
 
 def is_sophia(folder: Path) -> bool:
     return (folder / "sophia.py").exists()
 
 
-def check(folder: Path) -> None:
-    """Refuse a folder that has not what `step` calls."""
-    try:
-        text = (folder / "model.py").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        text = ""
-    if "def configure_optimizers" not in text:
-        raise errors.UserError(f"--peer {folder} is no checkout of nanoGPT or of the released Sophia: no such model.py")
-
-
-def step(
-    arguments: list[str], folder: Path, dtype: torch.dtype, compile: bool
-) -> tuple[Callable[[bool], None], machine.Machine]:
+def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool], None]:
     """The update of the peer's train script, on one batch, for our settings."""
-    s = read(arguments)
-    device = machine.find_device(s.device)
-    here = machine.Machine(device, dtype, compile)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as both scripts have it
     for name in ("model", "sophia"):  # ours, which theirs would be taken for
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     theirs = importlib.import_module("model")
-    shape = {
-        "block_size": s.block_size, "vocab_size": -(-VOCAB_SIZE // 64) * 64, "n_layer": s.n_layer, "n_head": s.n_head,
-        "n_embd": s.n_embd, "dropout": s.dropout, "bias": s.bias,
-    }  # fmt: skip
-    raw = theirs.GPT(theirs.GPTConfig(**shape)).to(device)
-    options = [s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device.type]
-    sophia = "optimizer_name" in inspect.signature(raw.configure_optimizers).parameters
-    if sophia:
-        options = ["sophiag", *options[:3], 0.05, device.type]
+    shape = {name: getattr(settings, name) for name in "block_size n_layer n_head n_embd dropout bias".split()}
+    raw = theirs.GPT(theirs.GPTConfig(vocab_size=-(-GPT2.vocab_size // 64) * 64, **shape)).to(machine.device)
+    sophia, device = is_sophia(folder), machine.device
+    options = [settings.weight_decay, settings.learning_rate, (settings.beta1, settings.beta2)]
+    options = ["sophiag", *options, 0.05, device.type] if sophia else [*options, device.type]
     optimizer = raw.configure_optimizers(*options)
-    model = torch.compile(raw) if compile else raw
-    autocast = here.autocast if dtype != torch.float32 else contextlib.nullcontext
-    passes = s.batch_size // s.micro_batch_size
-    x, y = torch.randint(VOCAB_SIZE, (2, s.micro_batch_size, s.block_size), device=device)
+    model = torch.compile(raw) if machine.compile else raw
+    passes = settings.batch_size // settings.micro_batch_size
+    x, y = torch.randint(GPT2.vocab_size, (2, settings.micro_batch_size, settings.block_size), device=device)
 
-    def gradients(loss: Callable[[], torch.Tensor]) -> None:
+    def gradients(loss: Callable[[], Tensor]) -> None:
         for _ in range(passes):
-            with autocast():
+            with machine.autocast():
                 part = loss() / passes
             part.backward()
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), s.grad_clip)
+        torch.nn.utils.clip_grad_norm_(raw.parameters(), settings.grad_clip)
 
-    def sampled_loss() -> torch.Tensor:
+    def sampled_loss() -> Tensor:
         logits, _ = model(x, 0)
         labels = torch.distributions.Categorical(logits=logits).sample()
         return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), ignore_index=-1)
 
-    def update(due: bool) -> None:
+    def update(with_estimate: bool) -> None:
         gradients(lambda: model(x, y)[1])
-        optimizer.step(**({"bs": s.batch_size * s.block_size} if sophia else {}))
+        optimizer.step(**({"bs": settings.batch_size * settings.block_size} if sophia else {}))
         optimizer.zero_grad(set_to_none=True)
-        if due:
+        if with_estimate:
             gradients(sampled_loss)
             optimizer.update_hessian()
             optimizer.zero_grad(set_to_none=True)
 
-    return update, here
+    return update

@@ -156,19 +156,21 @@ def checksum(path: Path) -> str:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"
 
 
-def check_same_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings, data: TokenData) -> list[str]:
-    """Refuse a checkpoint of another architecture, optimizer or data set. Returns a line for each other setting that
-    changed.
-    """
-    for name, now in dataclasses.asdict(config).items():
-        before = getattr(checkpoint.config, name)
-        if now != before and name != "dropout":
-            raise UserError(f"{name} = {now}, but the checkpoint {checkpoint.folder} was trained with {before}")
-    if checkpoint.settings["optimizer"] != settings.optimizer:
-        before = checkpoint.settings["optimizer"]
-        raise UserError(f"optimizer = {settings.optimizer!r}, but {checkpoint.folder} was trained with {before!r}")
+def refuse_other_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settings, data: TokenData) -> None:
+    """UserError where the checkpoint is of another architecture, optimizer or data set."""
+    now = dataclasses.asdict(config) | {"optimizer": settings.optimizer}
+    before = dataclasses.asdict(checkpoint.config) | {"optimizer": checkpoint.settings["optimizer"]}
+    for name, value in now.items():
+        if value != before[name] and name != "dropout":
+            raise UserError(
+                f"{name} = {value!r}, but the checkpoint {checkpoint.folder} was trained with {before[name]!r}"
+            )
     if checkpoint.data != data.fingerprint():
         raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
+
+
+def changed_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """A line for each setting that may change and did."""
     free = {"init_from", "out_dir", "eval_only", "wandb_run_name"}
     return [
         f"{name} was {shorten(checkpoint.settings.get(name))}, is now {value!r}"

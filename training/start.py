@@ -3,14 +3,16 @@
 import dataclasses
 import os
 
+import torch
 from safetensors import SafetensorError
 
 from model import GPT, GPTConfig
-from records.checkpoints import Checkpoint, Progress
+from records.checkpoints import Checkpoint, Progress, changed_settings, refuse_other_run
 from run.errors import RankError, UserError
 from run.machine import Machine
 from run.settings import Settings
 from tokens.token_files import TokenData
+from training.optimizers import load_state
 
 
 def check_same_job(settings: Settings, data: TokenData, machine: Machine) -> None:
@@ -25,17 +27,36 @@ def started_from(settings: Settings) -> str:
     return "scratch" if settings.init_from == "auto" else settings.init_from
 
 
-def make_model(settings: Settings, data: TokenData, checkpoint: Checkpoint | None) -> GPT:
-    """A model of the shape that the settings ask for, or of the pretrained weights that the run started from. The
-    weights of a checkpoint are not in it yet.
-    """
-    if (checkpoint.progress.started_from if checkpoint else started_from(settings)) == "scratch":
-        names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
-        chosen = {name: getattr(settings, name) for name in names}
-        return GPT(GPTConfig(vocab_size=data.padded_vocab_size, **chosen))
+def make_model(settings: Settings, data: TokenData, machine: Machine, checkpoint: Checkpoint | None) -> GPT:
+    """The model on this rank's device: rank 0 gives it the checkpoint's weights, and DDP sends them to the others."""
     if checkpoint:
-        return GPT(dataclasses.replace(checkpoint.config, block_size=settings.block_size, dropout=settings.dropout))
-    return pretrained_model(settings, data)
+        model = GPT(shape_of(settings, data, checkpoint))
+        refuse_other_run(checkpoint, model.config, settings, data)
+        if machine.ranks.is_main:
+            checkpoint.load_model(model)
+    elif started_from(settings) == "scratch":
+        model = GPT(shape_of(settings, data, checkpoint))
+    else:
+        model = pretrained_model(settings, data)
+    model.h.checkpoint_activations = settings.checkpoint_activations
+    if machine.compile:
+        model.compile()
+    return model.to(machine.device)
+
+
+def shape_of(settings: Settings, data: TokenData, checkpoint: Checkpoint | None) -> GPTConfig:
+    """What the settings ask for; or the shape of the pretrained weights that the checkpoint's run started from."""
+    if checkpoint and checkpoint.progress.started_from != "scratch":
+        return dataclasses.replace(checkpoint.config, block_size=settings.block_size, dropout=settings.dropout)
+    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
+    return GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(settings, name) for name in names})
+
+
+def resume(checkpoint: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer, machine: Machine) -> Progress:
+    """Give the optimizer the checkpoint's state, on every rank. Returns how far the run is."""
+    state = checkpoint.optimizer_state(model) if machine.ranks.is_main else {}
+    load_state(model, optimizer, state, machine.ranks)
+    return checkpoint.progress
 
 
 def pretrained_model(settings: Settings, data: TokenData) -> GPT:
@@ -53,18 +74,17 @@ def pretrained_model(settings: Settings, data: TokenData) -> GPT:
     return model
 
 
-def describe(
-    settings: Settings, machine: Machine, model: GPT, data: TokenData, progress: Progress, changes: list[str]
-) -> None:
+def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, checkpoint: Checkpoint | None) -> None:
     """Say what the run is, on rank 0."""
     if not data.has_meta:
         machine.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
     if settings.warmup_iters > settings.max_iters:
         machine.note(f"warmup_iters = {settings.warmup_iters} is longer than the run: learning_rate is never reached")
-    for change in changes:
+    for change in changed_settings(checkpoint, settings) if checkpoint else []:
         machine.note(f"resuming with another setting: {change}")
     machine.note(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {machine.ranks.count} x"
         f" {machine.device.type} in {str(machine.dtype)[6:]}, {settings.optimizer}, {settings.batch_size} x"
-        f" {settings.block_size} tokens a step, steps {progress.step} to {settings.max_iters}"
+        f" {settings.block_size} tokens a step,"
+        f" steps {checkpoint.progress.step if checkpoint else 0} to {settings.max_iters}"
     )

@@ -1,0 +1,122 @@
+"""python -m benchmarks: the speed of training beside other projects, where its time goes, and what Sophia costs."""
+
+import json
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from tests.conftest import arguments
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
+SMALL = ["--rounds=2", "--json", *arguments(device="cpu", compile=False, **SHAPE)]
+PEER = """
+import torch
+from dataclasses import dataclass
+from sophia import SophiaG
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.t()
+        if isinstance(targets, int):
+            return logits, None
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, optimizer_name, weight_decay, learning_rate, betas, rho, device_type):
+        print("a line that must not get into the JSON")
+        return SophiaG(self.parameters(), learning_rate)
+"""
+PEERS_SOPHIA = """
+import torch
+
+class SophiaG(torch.optim.SGD):
+    def step(self, bs):
+        assert bs == 2 * 8
+        super().step()
+
+    def update_hessian(self):
+        assert all(p.grad is not None for group in self.param_groups for p in group["params"])
+"""
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    """A checkout with what a benchmark calls of the released Sophia."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that steps run in
+    (tmp_path / "model.py").write_text(PEER)
+    (tmp_path / "sophia.py").write_text(PEERS_SOPHIA)
+    return tmp_path
+
+
+def test_train_compares_our_step_with_a_peers(call, peer, tmp_path):
+    options = ["--optimizer=sophiag", f"--out_dir={tmp_path / 'out'}", "--peer", peer]
+    result = json.loads(call(benchmarks, "train", *SMALL, *options))
+    for name in ("ours", f"{peer.name}_same", f"{peer.name}_as_it_runs"):
+        seconds = result[f"seconds_{name}"]
+        assert seconds == pytest.approx(
+            0.9 * result[f"seconds_plain_{name}"] + 0.1 * result[f"seconds_with_estimate_{name}"]
+        )
+        assert result[f"tokens_per_second_{name}"] == pytest.approx(2 * 8 / seconds)
+        assert result[f"seconds_to_first_step_{name}"] > seconds
+        assert 0 < result[f"mfu_of_matmul_rate_{name}"] < 1
+        if name != "ours":
+            assert result[f"speed_over_{name}"] == seconds / result["seconds_ours"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_ends_with_the_name_of_the_step_that_fails(call, refused, peer):
+    (peer / "sophia.py").write_text("raise OSError('no such\\nlibrary')")
+    line = refused(lambda: call(benchmarks, "train", *SMALL, "--peer", peer))
+    assert f"the step of {peer.name}_as_it_runs failed: OSError: no such\\nlibrary" in line
+
+
+def test_profile_tells_where_the_time_goes(call, tmp_path):
+    result = json.loads(call(benchmarks, "profile", *SMALL, "--trace", tmp_path / "trace.json"))
+    shares = [share for name, share in result.items() if name.startswith("share ")]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1 - result["idle_share"] + 1e-6
+    assert 0 < result["idle_share"] < 1
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_curvature_compares_passes_and_updates(call):
+    result = json.loads(call(benchmarks, "curvature", *SMALL, "--micro_batch_size=4", "--optimizer=lion"))
+    seconds = {name.removeprefix("seconds_"): value for name, value in result.items() if name.startswith("seconds_")}
+    assert all(value > 0 for value in seconds.values())
+    for name in ("gnb", "gnb_averaged", "hutchinson"):
+        assert result[f"{name}_over_train"] == seconds[name] / seconds["train"]
+    assert result["sophia_over_adamw_fused"] == seconds["update_sophiag"] / seconds["update_adamw"]
+    assert result["lion_over_adamw_fused"] == seconds["update_lion"] / seconds["update_adamw"]
+    # 480 sequences are 120 passes of 4, of which an estimate by 240 takes half in one of ten steps
+    adamw, sophia = (120 * seconds["train"] + seconds[f"update_{name}"] for name in ("adamw", "sophiag"))
+    estimate = 60 * seconds["gnb"] + seconds["update_hessian"]
+    assert result["overhead_gnb_240"] == pytest.approx((sophia + estimate / 10) / adamw - 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["speed"], "invalid choice: 'speed'"),
+        (["train", "--n_layr=3"], "did you mean 'n_layer'"),
+        (["train", "--rounds=0"], "--rounds = 0: must be at least 1"),
+        (["train", *SMALL, "--peer", "nowhere"], "--peer nowhere is no checkout of nanoGPT"),
+        (["train", *SMALL, "--batch_size=3"], "batch_size = 3 is not a multiple of 2"),
+        (["profile", *SMALL, "--trace", "nowhere/trace.json"], "--trace nowhere/trace.json cannot be written"),
+        (["curvature", *SMALL], "hessian_batch_size = 2 is not a multiple of 4"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(call, refused, command, complaint):
+    assert complaint in refused(lambda: call(benchmarks, *command))

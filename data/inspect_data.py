@@ -1,17 +1,20 @@
 """Look into a prepared data set, and check it against its meta.json.
 
-python -m preparation.inspect_data data/openwebtext
+python data/inspect_data.py data/openwebtext
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from run import errors
-from tokens.token_files import Tokens, check_range, data_folder, open_tokens, read_meta
-from tokens.tokenizers import TOKENIZERS
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run import errors  # noqa: E402
+from tokens.token_files import Tokens, check_range, data_folder, open_tokens, read_meta  # noqa: E402
+from tokens.tokenizers import TOKENIZERS  # noqa: E402
 
 EXCERPT_TOKENS = 100
 

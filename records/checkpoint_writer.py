@@ -69,8 +69,11 @@ class CheckpointWriter:
         """Start with the checkpoint of a step. Waits for the one before to be written."""
         self.finish()
         if self.machine.ranks.is_main:
+            # here and not in the thread, because a Hutchinson pass puts other tensors in the parameters' places
+            weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            state = state_by_name(self.model, self.optimizer)
             self._copied.clear()
-            self._written = self._thread.submit(self._copy_and_write, dataclasses.replace(progress))
+            self._written = self._thread.submit(self._copy_and_write, dataclasses.replace(progress), weights, state)
 
     def wait_for_copies(self) -> None:
         self._copied.wait()
@@ -88,12 +91,11 @@ class CheckpointWriter:
         if complaint:
             raise Unwritten(f"{complaint}; {last_good(self.out_dir)}")
 
-    def _copy_and_write(self, progress: Progress) -> str | None:
+    def _copy_and_write(self, progress: Progress, weights: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
         try:
             try:
-                weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
                 self._copy("model.safetensors", weights)
-                self._copy("optimizer.safetensors", state_by_name(self.model, self.optimizer))
+                self._copy("optimizer.safetensors", state)
             finally:
                 self._copied.set()
             description = {"progress": dataclasses.asdict(progress)} | self.description

@@ -9,60 +9,61 @@ import torch
 from run import settings
 from run.errors import RankError, UserError
 from run.machine import Machine
-from tests.conftest import TINY, arguments, last_checkpoint, same_weights, write_dataset
+from tests.conftest import TINY, arguments, write_dataset
 from tokens.batches import Ahead, Batches
 from tokens.token_files import Tokens, open_data, pairs
-from training import steps
 
-HERE = Machine(torch.device("cpu"), torch.float32, compile=False)
+TOKENS = np.random.default_rng(0).integers(0, 256, 100_000)
 
 
-def write_shards(folder, dataset, header=False):
-    """The data set in three shards of train and two of val, of uneven lengths."""
-    folder.mkdir()
+def write_shards(folder, header=False):
+    """A data set in three shards of train and two of val, of uneven lengths; returns it in two files as well."""
+    write_dataset(folder / "whole", TOKENS[:20_000], TOKENS[20_000:21_000])
     for split, cuts in (("train", [10, 9_999]), ("val", [500])):
-        tokens = np.fromfile(dataset / f"{split}.bin", "<u2")
+        tokens = np.fromfile(folder / f"whole/{split}.bin", "<u2")
         for number, part in enumerate(np.split(tokens, cuts)):
             head = np.zeros(256, "<i4")
-            head[:3] = 20240520, 1, len(part)
+            head[:3] = 20240520, 1, len(part)  # llm.c's
             data = (head.tobytes() if header else b"") + part.tobytes()
             (folder / f"some_{split}_{number:06}.bin").write_bytes(data)
-    (folder / "meta.json").write_bytes((dataset / "meta.json").read_bytes())
+    (folder / "meta.json").write_bytes((folder / "whole/meta.json").read_bytes())
+    return open_data(f"{folder}/whole", 16)
 
 
 @pytest.mark.parametrize("header", [False, True])
-def test_shards_are_read_as_one_stream(train, dataset, tmp_path, header):
-    write_shards(tmp_path / "shards", dataset, header)
-    whole = train(tmp_path / "whole", max_iters=4, eval_sequences=0)
-    shards = train(tmp_path / "run", max_iters=4, eval_sequences=0, dataset=tmp_path / "shards")
-    assert [row["val/loss"] for row in whole if "val/loss" in row] == [
-        row["val/loss"] for row in shards if "val/loss" in row
-    ]
-    assert same_weights(*(next((tmp_path / run / "checkpoints").glob("*4")) for run in ("whole", "run")))
+def test_shards_are_read_as_one_stream(tmp_path, header):
+    whole = write_shards(tmp_path, header)
+    shards = open_data(f"{tmp_path}", 16)
+    assert shards.fingerprint() == whole.fingerprint()
+    assert torch.equal(shards.train_rows(7, 3, 500, 0, 500), whole.train_rows(7, 3, 500, 0, 500))
+    assert torch.equal(shards.val_rows(shards.val_blocks(0)), whole.val_rows(whole.val_blocks(0)))
 
 
-def test_a_shard_whose_header_counts_other_tokens_is_refused(dataset, tmp_path):
-    write_shards(tmp_path / "shards", dataset, header=True)
-    path = tmp_path / "shards/some_train_000001.bin"
-    path.write_bytes(path.read_bytes()[:-2])
+def test_a_shard_whose_header_counts_other_tokens_is_refused(tmp_path):
+    write_shards(tmp_path, header=True)
+    os.truncate(tmp_path / "some_train_000001.bin", 21_000)
     with pytest.raises(UserError, match=r"some_train_000001.bin has 21000 bytes, but its header tells of 9989 tokens"):
-        open_data(f"{tmp_path}/shards", 16)
-
-
-def test_a_file_too_short_for_a_header_is_a_short_file(dataset, tmp_path):
-    write_shards(tmp_path / "shards", dataset)
-    (tmp_path / "shards/some_train_000001.bin").write_bytes(b"\x01\x00")
-    assert len(open_data(f"{tmp_path}/shards", 16).train) == 20_000 - 9_989 + 1
+        open_data(f"{tmp_path}", 16)
 
 
 def test_rows_cross_from_file_to_file():
-    random = np.random.default_rng(0)
-    parts = [random.integers(0, 2**16, size, dtype=np.uint16) for size in (5, 1, 40, 0, 3)]
+    parts = [TOKENS[:size].astype(np.uint16) for size in (0, 5, 1, 40, 0, 3)]
     whole, tokens = np.concatenate(parts), Tokens(parts, "")
     assert len(tokens) == len(whole)
     starts = np.arange(len(whole) - 9)
     assert np.array_equal(tokens.rows(starts, 10), whole[starts[:, None] + np.arange(10)])
     assert np.array_equal(np.concatenate(list(tokens.pieces())), whole)
+
+
+def test_the_sequences_of_a_seed_and_a_step_never_change(tmp_path):
+    """Runs compare with those of last year, whose checkpoints know their data set by its fingerprint."""
+    for split, count in (("train", 50_000), ("val", 999)):  # each token tells its position
+        np.arange(count, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    data = open_data(f"{tmp_path}", 16)
+    x, _ = pairs(data.train_rows(1337, 5, 8, 2, 6))
+    assert x[:, 0].tolist() == [6439, 44905, 17300, 10048]
+    assert data.val_blocks(4).tolist() == [0, 240, 496, 736]
+    assert data.fingerprint() == "15748e0b57a438bd791eb1c5ca8ef37b67850a6fcecbf6e16e44687428d411a4"
 
 
 def test_tokens_beyond_int16_keep_their_value():
@@ -76,7 +77,7 @@ def test_tokens_beyond_int16_keep_their_value():
 def test_reading_ahead_changes_no_batch(dataset):
     s = settings.read(arguments(**TINY | {"dataset": dataset, "micro_batch_size": 2}))
     data = open_data(s.dataset, s.block_size)
-    batches = Batches(data, s, HERE)
+    batches = Batches(data, s, Machine(torch.device("cpu"), torch.float32, compile=False))
     for step in (1, 2, 3, 9, 4, 4):  # in turn, and as a resumed run might jump
         x = torch.cat([x for x, _ in batches.train(step)])
         assert torch.equal(x, pairs(data.train_rows(s.seed, step, 8, 0, 8))[0])
@@ -98,52 +99,38 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
 
 
 @pytest.mark.parametrize("change", ["cut", "overwritten", "replaced"])
-def test_a_data_file_that_changes_during_a_run(train, refuses, tmp_path, monkeypatch, change):
-    """Writing to the open file ends the run; another file in its place is found out when the run is resumed."""
-    write_dataset(tmp_path / "data", range(200), range(100))
-    path = tmp_path / "data" / "train.bin"
-    correct = steps.accumulate_gradients
-
-    def changing(model, batches, step):
-        if step == 12:
-            backwards = np.fromfile(path, "<u2")[::-1].tobytes()
-            if change == "cut":
-                os.truncate(path, 100)
-            elif change == "overwritten":
-                path.write_bytes(backwards)
-            else:
-                (tmp_path / "other").write_bytes(backwards)
-                (tmp_path / "other").rename(path)
-        return correct(model, batches, step)
-
-    whole = train(tmp_path / "whole", dataset=tmp_path / "data")
-    monkeypatch.setattr(steps, "accumulate_gradients", changing)
+def test_a_data_file_that_changes_during_a_run_is_noticed(tmp_path, change):
+    """Writing to the open file ends the run; another file in its place is found out by the fingerprint on resume."""
+    write_dataset(tmp_path, TOKENS, TOKENS[:999])
+    path, data = tmp_path / "train.bin", open_data(f"{tmp_path}", 16)
+    rows, fingerprint = data.train_rows(0, 1, 8, 0, 8), data.fingerprint()
+    backwards = np.fromfile(path, "<u2")[::-1].tobytes()
+    if change == "cut":
+        os.truncate(path, 1000)
+    elif change == "overwritten":
+        path.write_bytes(backwards)
+    else:
+        (tmp_path / "other").write_bytes(backwards)
+        (tmp_path / "other").rename(path)
     if change == "replaced":
-        rows = train(tmp_path / "run", dataset=tmp_path / "data")
-        assert [row.get("train/loss") for row in rows] == [row.get("train/loss") for row in whole]
+        assert torch.equal(data.train_rows(0, 1, 8, 0, 8), rows)
     else:
         with pytest.raises(RankError, match=r"train.bin was changed while it was being read"):
-            train(tmp_path / "run", dataset=tmp_path / "data")
-        assert last_checkpoint(tmp_path / "run").name == "step_00000010"
-    again = {"out_dir": tmp_path / "run", "init_from": "auto", "dataset": tmp_path / "data", "max_iters": 30}
-    refuses("is not the one that", **again)
+            data.train_rows(0, 1, 8, 0, 8)
+    assert open_data(f"{tmp_path}", 16).fingerprint() != fingerprint
 
 
 def test_the_fingerprint_tells_data_sets_apart(tmp_path):
     """A data set is itself wherever it lies; a token more, or long runs of others, make it another."""
-    tokens = np.random.default_rng(0).integers(0, 256, 100_000)
 
     def fingerprint(name, train, val):
         write_dataset(tmp_path / name, train, val)
         return open_data(f"{tmp_path}/{name}", 16).fingerprint()
 
-    same = [fingerprint(name, tokens, tokens[:999]) for name in ("a", "b")]
-    blank = tokens.copy()
+    blank = TOKENS.copy()
     blank[50_000:60_000] = 0
-    others = [
-        fingerprint("c", tokens, tokens[1:1000]),
-        fingerprint("d", tokens, tokens[:1000]),
-        fingerprint("e", blank, tokens[:999]),
-    ]
+    same = [fingerprint(name, TOKENS, TOKENS[:999]) for name in ("a", "b")]
+    others = [fingerprint("c", TOKENS, TOKENS[1:1000]), fingerprint("d", TOKENS, TOKENS[:1000]),
+              fingerprint("e", blank, TOKENS[:999])]  # fmt: skip
     assert same[0] == same[1]
     assert len({same[0], *others}) == 4

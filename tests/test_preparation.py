@@ -18,8 +18,9 @@ import pytest
 import tiktoken
 import zstandard
 
-from preparation import inspect_data, sources, writer
-from preparation.writer import TextSource, write_data_set
+from data import inspect_data
+from data.preparation import sources, writer
+from data.preparation.writer import TextSource, write_data_set
 from run.errors import UserError
 from run.settings import ROOT
 from tests.conftest import write_dataset
@@ -172,39 +173,33 @@ def test_a_stream_is_split_by_the_hash_of_a_documents_number(openwebtext, call, 
     assert made(tmp_path / "out") == {split: [*text] for split, text in expected.items()}
 
 
-@pytest.mark.parametrize("killed_at", range(4))
-def test_a_kill_while_the_files_get_their_names_loses_nothing(tmp_path, monkeypatch, killed_at):
-    """Before progress.json, meta.json, train.bin or val.bin is put in its place."""
-    correct, replaced = os.replace, []
+def kill_before(step, folder, source=SMALL, overwrite=False):
+    """Begin to prepare `source`, and be killed before a file is put in its place."""
+    correct = os.replace
 
     def replace(old, new):
-        replaced.append(new)
-        if len(replaced) == killed_at + 1:
+        if os.path.basename(new) == step:
             raise Killed
         correct(old, new)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(Killed):
-        write_data_set(tmp_path, SMALL, Bytes(), 1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace)
+        write_data_set(folder, source, Bytes(), 1, overwrite)
+
+
+@pytest.mark.parametrize("step", ["progress.json", "meta.json", "train.bin", "val.bin"])
+def test_a_kill_while_the_files_get_their_names_loses_nothing(tmp_path, step):
+    kill_before(step, tmp_path)
     with pytest.raises(UserError, match="is not finished|train.bin does not exist"):
         open_data(f"{tmp_path}/", 2)
-    write_data_set(tmp_path, SMALL, Bytes(), 1)
-    assert made(tmp_path) == SMALL_TOKENS
-    assert sorted(contents(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
-    before = contents(tmp_path)
-    write_data_set(tmp_path, SMALL, Bytes(), 1)  # it is complete
-    assert contents(tmp_path) == before
-
-
-def unfinished(folder):
-    """The folder of a preparation of SMALL that has noted all its tokens, and was killed."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(writer, "write_meta", lambda *_: (_ for _ in ()).throw(Killed))
-        write_data_set(folder, SMALL, Bytes(), 1)
+    for _ in range(2):  # the second time it is complete
+        write_data_set(tmp_path, SMALL, Bytes(), 1)
+        assert made(tmp_path) == SMALL_TOKENS
+        assert sorted(contents(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_tokens_that_are_gone_are_not_filled_up(tmp_path):
-    unfinished(tmp_path)
+    kill_before("meta.json", tmp_path)
     (tmp_path / "train.bin.tmp").write_bytes(b"ab")
     with pytest.raises(UserError, match="shorter than progress.json says; delete progress.json to start over"):
         write_data_set(tmp_path, SMALL, Bytes(), 1)
@@ -218,7 +213,7 @@ def test_another_data_set_is_replaced_only_when_told_to(tmp_path, there):
     if there == "a data set":
         write_dataset(tmp_path, range(10), range(10))
     else:
-        unfinished(tmp_path)
+        kill_before("meta.json", tmp_path)
     if there == "damaged progress":
         (tmp_path / "progress.json").write_text('{"job": ')
     other = TextSource("another", {"train": ["other"], "val": ["text"]})
@@ -232,11 +227,9 @@ def test_another_data_set_is_replaced_only_when_told_to(tmp_path, there):
 
 def test_tokens_of_another_preparation_are_never_taken_for_its_own(tmp_path):
     """A is noted and killed, B is killed before its first note, A goes on: it must not keep B's bytes."""
-    unfinished(tmp_path)
+    kill_before("meta.json", tmp_path)
     longer = TextSource("another", {"train": ["x" * 99], "val": ["y" * 99]})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(writer, "replace_json", lambda *_: (_ for _ in ()).throw(Killed))
-        write_data_set(tmp_path, longer, Bytes(), 1, overwrite=True)
+    kill_before("progress.json", tmp_path, longer, overwrite=True)
     write_data_set(tmp_path, SMALL, Bytes(), 1)
     assert made(tmp_path) == SMALL_TOKENS
 
@@ -326,9 +319,7 @@ def test_bad_text_is_refused_in_one_line(openwebtext, call, refused, tmp_path, n
     line = refused(lambda: call(openwebtext, "--data-files", tmp_path / name, *options))
     assert name in line
     assert complaints[-1 if streaming else 0] in line
-    assert not set(contents(tmp_path / "out") if (tmp_path / "out").exists() else ()) & {
-        "train.bin", "val.bin", "meta.json", "progress.json"
-    }  # fmt: skip
+    assert not [*tmp_path.glob("out/*.bin"), *tmp_path.glob("out/*.json")]
 
 
 @pytest.mark.parametrize("option", ["--val-fraction=1.5", "--workers=0"])

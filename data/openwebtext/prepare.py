@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from preparation.sources import prepare  # noqa: E402
+from data.preparation.sources import prepare  # noqa: E402
 from run import errors  # noqa: E402
 
 

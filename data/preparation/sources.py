@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from preparation.writer import Source, TextBatch, write_data_set
+from data.preparation.writer import Source, TextBatch, write_data_set
 from run.errors import Parser, UserError
 from run.settings import ROOT
 from tokens.tokenizers import TOKENIZERS

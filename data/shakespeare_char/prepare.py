@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from preparation.writer import TextSource, write_data_set  # noqa: E402
+from data.preparation.writer import TextSource, write_data_set  # noqa: E402
 from run import errors  # noqa: E402
 from tokens.tokenizers import Bytes  # noqa: E402
 

@@ -60,11 +60,8 @@ def run_with_kills(arguments: list[str], kills: int, folder: Path, seed: int = 0
 def wait_for_a_moment(process: subprocess.Popen, progress: Path, seconds: float, chance: random.Random) -> None:
     """Half of the moments are any of a run, half of them soon after the next note of its progress."""
 
-    def noted() -> bytes | None:
-        try:
-            return progress.read_bytes()
-        except FileNotFoundError:
-            return None
+    def noted() -> int:
+        return progress.stat().st_mtime_ns if progress.exists() else 0
 
     end = time.perf_counter() + chance.uniform(0, seconds)
     if chance.random() < 0.5:

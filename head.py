@@ -22,10 +22,14 @@ CPU_LOGITS, GPU_LOGITS = 2**25, 2**28
 class LabelLoss(nn.Module):
     """The loss of a chunk: the sum over its positions of the cross-entropy of given labels; -1 is left out."""
 
-    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """hidden (N, C), weight (V, C), labels (N,): a scalar in float32, or float64 for float64 inputs."""
+    def labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return labels
+
+    def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, C), weight (V, C), targets (…, N): a scalar in float32, or float64 for float64 inputs."""
         logits = F.linear(hidden, weight)  # (N, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels = self.labels(logits.detach(), targets)  # (N,)
         # Compiled on a CPU this takes a twentieth less than F.cross_entropy, which compares labels in 64 bits.
         peak = logits.detach().amax(dim=-1, keepdim=True)  # (N, 1)
         log_total = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)  # (N,), of the softmax's denominators
@@ -44,10 +48,9 @@ class LabelLoss(nn.Module):
 class SampledLabelLoss(LabelLoss):
     """The same for labels drawn from the model's own softmax, as the Gauss-Newton-Bartlett estimator needs them."""
 
-    def loss(self, hidden: Tensor, weight: Tensor, uniforms: Tensor) -> Tensor:
+    def labels(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """uniforms (2, N) in [0, 1) decide the draw."""
-        logits = F.linear(hidden.detach(), weight.detach())
-        return super().loss(hidden, weight, labels_from_uniforms(logits, uniforms))
+        return labels_from_uniforms(logits, uniforms)
 
 
 class _MeanInChunks(torch.autograd.Function):
@@ -73,8 +76,9 @@ class _MeanInChunks(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # for a second derivative, which would lack the head's part
+            raise RuntimeError("this loss can be differentiated only once: take F.cross_entropy of the logits instead")
         d_hidden, d_weight = (tensor.mul_(gradient / ctx.count) for tensor in ctx.gradients)  # in place: they are large
         del ctx.gradients
         return d_hidden, d_weight, None, None, None

@@ -128,4 +128,4 @@ def join(device: torch.device, backend: str, timeout: int) -> Ranks:
 
 def one_cause(error: Exception) -> str:
     """What torch.distributed says, without the place in its sources."""
-    return re.sub(r"^(.*failed with )?\[\S*\] ", "", str(error).splitlines()[0])
+    return re.sub(r"^.*\[\S*\] ", "", str(error).splitlines()[0])

@@ -62,17 +62,27 @@ def arguments(**settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def rows_of(out_dir):
+    """The rows of a run's metrics.jsonl."""
+    metrics = out_dir / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def without_timings(rows):
+    """What two runs with the same numbers have in common."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "data_wait")} for row in rows]
+
+
 @pytest.fixture
-def train(dataset, monkeypatch, capsys):
+def train(dataset, monkeypatch):
     """train(out_dir, **settings) runs train.py with TINY settings and returns the rows of metrics.jsonl."""
     import train as script
 
-    def run(out_dir, *configs, **settings):
-        command = [*map(str, configs), *arguments(**TINY | {"dataset": dataset, "out_dir": out_dir} | settings)]
+    def run(out_dir, **settings):
+        command = arguments(**TINY | {"dataset": dataset, "out_dir": out_dir} | settings)
         monkeypatch.setattr(sys, "argv", ["train.py", *command])
         script.main()
-        metrics = out_dir / "metrics.jsonl"
-        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return rows_of(out_dir)
 
     return run
 
@@ -97,10 +107,12 @@ def refused(capsys):
 
 @pytest.fixture
 def refuses(train, refused, tmp_path):
-    def run(complaint, *configs, **options):
+    """refuses(complaint, **settings) runs train.py, which must end with one line, and write nothing."""
+
+    def run(complaint, **options):
         out_dir = options.pop("out_dir", tmp_path / "out")
         before = listing(out_dir)
-        line = refused(lambda: train(out_dir, *configs, **options))
+        line = refused(lambda: train(out_dir, **options))
         assert complaint in line
         assert listing(out_dir) == before
 

@@ -6,6 +6,7 @@ from statistics import NormalDist
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
@@ -27,12 +28,17 @@ def tiny():
     return model, list(model.parameters()), idx, targets
 
 
+def loss_of(model, idx, targets):
+    """From the logits, as the model's own loss can be differentiated only once."""
+    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
+
 @pytest.fixture(scope="module")
 def exact_hessian(tiny):
     """(P, P), row by row."""
     model, params, idx, targets = tiny
     with sdpa_kernel(SDPBackend.MATH):
-        gradient = flat(torch.autograd.grad(model(idx, targets), params, create_graph=True))
+        gradient = flat(torch.autograd.grad(loss_of(model, idx, targets), params, create_graph=True))
         rows = [flat(torch.autograd.grad(entry, params, retain_graph=True)) for entry in gradient]
     return torch.stack(rows)
 
@@ -82,7 +88,7 @@ def hutchinson_draws(tiny):
     model, params, idx, targets = tiny
     generator = torch.Generator().manual_seed(1)
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.stack([flat(hutchinson(model(idx, targets), params, generator)) for _ in range(DRAWS)])
+        return torch.stack([flat(hutchinson(loss_of(model, idx, targets), params, generator)) for _ in range(DRAWS)])
 
 
 def test_hutchinson_is_unbiased_for_the_hessian_diagonal(hutchinson_draws, exact_hessian):
@@ -108,7 +114,7 @@ def test_a_generator_decides_the_draw_and_the_global_one_is_not_touched(tiny, es
 
     def draw(seed):
         with sdpa_kernel(SDPBackend.MATH):
-            given = model(idx) if estimator is gauss_newton_bartlett else model(idx, targets)
+            given = model(idx) if estimator is gauss_newton_bartlett else loss_of(model, idx, targets)
             return flat(estimator(given, params, torch.Generator().manual_seed(seed)))
 
     before = torch.get_rng_state()
@@ -122,13 +128,13 @@ def test_checkpointed_activations_give_the_same_estimate(tiny, estimator):
     model, params, idx, targets = tiny
 
     def draw(checkpointed):
-        model.checkpoint_activations = checkpointed
+        model.h.checkpoint_activations = checkpointed
         with sdpa_kernel(SDPBackend.MATH):
-            given = model(idx) if estimator is gauss_newton_bartlett else model(idx, targets)
+            given = model(idx) if estimator is gauss_newton_bartlett else loss_of(model, idx, targets)
             return flat(estimator(given, params, torch.Generator().manual_seed(3)))
 
     assert torch.equal(draw(False), draw(True))
-    model.checkpoint_activations = False
+    model.h.checkpoint_activations = False
 
 
 @pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
@@ -145,7 +151,7 @@ def test_hutchinson_says_what_to_do_about_fused_attention_and_detached_losses():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=32))
     idx = torch.randint(16, (2, 8))
-    loss = model(idx, idx)
+    loss = loss_of(model, idx, idx)
     with pytest.raises(RuntimeError, match="SDPBackend.MATH"):
         hutchinson(loss, model.parameters())
     with pytest.raises(ValueError, match="carries no graph"):

@@ -1,3 +1,5 @@
+"""GPT-2: its architecture against transformers', its loss in chunks against the plain one, its generation."""
+
 import copy
 import math
 import pickle
@@ -8,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model as model_file
+import head as head_file
+from head import LabelLoss, mean_in_chunks
 from model import GPT, GPTConfig
-from run.machine import has_compiler
+from run.machine import Machine, has_compiler
+from sophia import hutchinson, labels_from_uniforms
 
+needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no compiler here")
+COMPILERS = [False, pytest.param(True, marks=needs_compiler)]
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
 SHALLOW = replace(TINY, n_layer=1)
 
@@ -70,10 +76,13 @@ def test_loss_is_the_mean_over_targets_that_are_not_minus_one():
     assert torch.allclose(model(idx, targets), torch.stack(kept).mean())
 
 
+# The head goes over the positions in chunks
+
+
 @pytest.fixture
-def in_parts(monkeypatch):
-    """A float64 model whose head works on 8 of 32 positions at a time, tokens, and targets some of which are -1."""
-    monkeypatch.setattr(model_file, "CPU_LOGITS", 8 * TINY.vocab_size)
+def head(monkeypatch):
+    """A float64 model whose head takes at most 8 positions at a time, tokens, and targets some of which are -1."""
+    monkeypatch.setattr(head_file, "CPU_LOGITS", 8 * TINY.vocab_size)
     torch.manual_seed(0)
     model = GPT(SHALLOW).double()
     with torch.no_grad():
@@ -83,131 +92,132 @@ def in_parts(monkeypatch):
     return model, idx, targets
 
 
-def plain_loss(model, idx, targets):
-    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+def plain_loss(model, idx, labels):
+    return F.cross_entropy(model(idx).flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
-def gradients(loss, model, **options):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), **options)])
+def gradients(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_loss_in_parts_has_the_value_and_the_gradient_of_the_whole(in_parts, compile):
-    model, idx, targets = in_parts
+@pytest.mark.parametrize("compile", COMPILERS)
+def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(head, compile):
+    model, idx, targets = head
+    idx, targets = idx[:, :11], targets[:, :11]  # 22 positions make chunks of 8, 8 and 6
     expected = plain_loss(model, idx, targets)
     if compile:
-        if not has_compiler(torch.device("cpu")):
-            pytest.skip("no compiler here")
         torch.compiler.reset()
-        model.compile(dynamic=False)
+        model.label_loss.compile(dynamic=False)
     loss = model(idx, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    exact = gradients(3 * expected, model)
-    for again in (False,) if compile else (True, False):  # torch.compile frees what it has used
-        found = gradients(3 * loss, model, retain_graph=again)
-        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(3 * loss, model), gradients(3 * expected, model), rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         assert model(idx, targets).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_no_part_of_a_loss_has_more_logits_than_allowed(in_parts, monkeypatch):
-    model, idx, targets = in_parts
+@pytest.mark.parametrize("compile", COMPILERS)
+def test_the_loss_of_sampled_labels_is_that_of_the_labels_which_the_uniforms_draw(head, compile):
+    model, idx, _ = head
+    uniforms = torch.rand(2, *idx.shape)
+    with torch.no_grad():
+        labels = labels_from_uniforms(model(idx), uniforms)
+    expected = plain_loss(model, idx, labels)
+    if compile:
+        torch.compiler.reset()
+        model.sampled_label_loss.compile(dynamic=False)
+    loss = model.sampled_loss(idx, uniforms)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradients(loss, model), gradients(expected, model), rtol=1e-10, atol=1e-12)
+
+
+def test_no_chunk_has_more_logits_than_allowed():
     sizes = []
 
-    def counting(hidden, *others):
-        sizes.append(len(hidden))
-        return model_file.head_pass(hidden, *others)
+    class Counting(LabelLoss):
+        def loss(self, hidden, weight, labels):
+            sizes.append(len(hidden) * len(weight))
+            return super().loss(hidden, weight, labels)
 
-    monkeypatch.setattr(model, "head_pass", counting)
-    model(idx, targets)
-    model(idx[:, :11], targets[:, :11])  # 22 positions, which 3 does not divide
-    assert sizes == [8] * 4 + [8, 8, 6]
-
-
-def test_a_loss_in_parts_has_a_second_derivative(in_parts):
-    model, idx, targets = in_parts
-    direction = torch.randn(SHALLOW.parameters, dtype=torch.float64)
-    products = []
-    for loss_of in (model, lambda *given: plain_loss(model, *given)):
-        with sdpa_kernel(SDPBackend.MATH):
-            gradient = gradients(loss_of(idx, targets), model, create_graph=True)
-        products.append(gradients(gradient @ direction, model))
-    torch.testing.assert_close(*products, rtol=1e-9, atol=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_file, "CPU_LOGITS", 500)
+        for positions in (1, 31, 32, 57):
+            hidden, weight = torch.randn(positions, 4, requires_grad=True), torch.randn(50, 4)
+            labels = torch.randint(50, (positions,))
+            loss = mean_in_chunks(hidden, weight, labels, positions, Counting())
+            torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels))
+    assert max(sizes) <= 500
+    assert sum(sizes) == (1 + 31 + 32 + 57) * 50
 
 
-def test_a_loss_without_targets_is_nan_and_its_gradient_zero(in_parts):
-    model, idx, targets = in_parts
-    loss = model(idx, torch.full_like(targets, -1))
-    assert loss.isnan()
-    assert not gradients(loss, model).any()
-    with pytest.raises(ValueError, match=r"shape \(2, 15\) for tokens of shape \(2, 16\)"):
-        model(idx, targets[:, 1:])
-
-
-def test_a_frozen_embedding_leaves_the_other_gradients_alone(in_parts):
-    model, idx, targets = in_parts
+def test_a_frozen_embedding_leaves_the_other_gradients_alone(head):
+    model, idx, targets = head
     params = [parameter for parameter in model.parameters() if parameter is not model.wte.weight]
     expected = torch.autograd.grad(model(idx, targets), params)
     model.wte.weight.requires_grad_(False)
-    with sdpa_kernel(SDPBackend.MATH):
-        for create_graph in (False, True):
-            found = torch.autograd.grad(model(idx, targets), params, create_graph=create_graph)
-            assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
+    found = torch.autograd.grad(model(idx, targets), params)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_copy_of_a_compiled_model_is_one_of_its_own(in_parts):
-    model, idx, targets = in_parts
+def test_a_second_derivative_is_refused(head):
+    """In place of one without the head's part."""
+    model, idx, targets = head
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match="once"):
+        hutchinson(model(idx, targets), model.parameters())
+
+
+def test_a_copy_of_a_compiled_model_is_one_of_its_own(head):
+    model, idx, targets = head
     before = model(idx, targets)
-    model.compile(dynamic=False)
+    model.compile()
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         model.wte.weight.zero_()
     assert all(twin(idx, targets) == before for twin in copies)
 
 
-def test_targets_may_depend_on_the_logits(in_parts):
-    model, idx, targets = in_parts
-    given = torch.stack((targets, torch.randint(64, targets.shape)))  # (2, B, T)
+# Attention
 
-    def draw(logits, given):
-        return (logits.argmax(dim=-1) + given[1]) % 64
 
-    labels = (model(idx).argmax(dim=-1) + given[1]) % 64
-    drawn, expected = model(idx, given, draw), plain_loss(model, idx, labels)
-    assert drawn.item() == pytest.approx(expected.item(), rel=1e-12)
-    torch.testing.assert_close(gradients(drawn, model), gradients(expected, model), rtol=1e-10, atol=1e-12)
+@pytest.fixture
+def plain_attention():
+    """The machine of a CPU run in bfloat16 with a short context, and its global flag."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield Machine(torch.device("cpu"), torch.bfloat16, compile=False, plain_attention=True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_short_attention_in_bfloat16_is_that_of_longer_contexts(monkeypatch, scaled):
+def test_plain_attention_in_bfloat16_is_as_accurate_as_the_fused_one(plain_attention, scaled):
     torch.manual_seed(0)
-    config = GPTConfig(
-        block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16, scale_attn_by_inverse_layer_idx=scaled
-    )
-    model = GPT(config)
+    model = GPT(replace(TINY, scale_attn_by_inverse_layer_idx=scaled))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     idx = torch.randint(64, (4, 16))
     exact = model(idx)
-    with torch.autocast("cpu", torch.bfloat16):
-        short = model(idx)
-        monkeypatch.setattr(model_file, "SHORT", 0)
-        long = model(idx)
-    errors = [(logits.float() - exact).norm() / exact.norm() for logits in (short, long)]
-    assert not torch.equal(short, long)
-    assert errors[0] < 0.02 and errors[0] < 1.5 * errors[1]
+    plain, fused = (
+        logits_of(model, idx, machine) for machine in (plain_attention, replace(plain_attention, plain_attention=False))
+    )
+    assert not torch.equal(plain, fused)
+    errors = [(logits.float() - exact).norm() / exact.norm() for logits in (plain, fused)]
+    assert errors[0] < 0.02
+    assert errors[0] < 1.5 * errors[1]
 
 
-def test_a_token_sees_only_what_came_before():
+def logits_of(model, idx, machine):
+    with machine.autocast():
+        return model(idx)
+
+
+def test_a_token_sees_only_what_came_before(plain_attention):
     torch.manual_seed(0)
     model = GPT(TINY)
     idx = torch.randint(64, (1, 16))
     changed = idx.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 64
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            before, after = model(idx), model(changed)
+    for machine in (replace(plain_attention, dtype=torch.float32, plain_attention=False), plain_attention):
+        before, after = logits_of(model, idx, machine), logits_of(model, changed, machine)
         assert torch.equal(before[0, :10], after[0, :10])
         assert not torch.allclose(before[0, 10:], after[0, 10:])
 

@@ -1,16 +1,28 @@
 """Several ranks under torchrun: the same run on any number of them, and what becomes of it when one fails."""
 
+import shutil
+import signal
+import threading
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import train as script
+from model import GPT, GPTConfig
+from run import errors
 from run.machine import Machine
-from run.ranks import PIECE, Ranks, pieces
-from tests.conftest import OPTIMIZERS, last_checkpoint, same_weights, text_dataset
-from tests.stress import two_hosts
-from tests.stress.compare_ranks import MICRO_BATCH_SIZES, SETTINGS, difference, rows_of, torchrun
-from tests.stress.kill_training import run_with_kills
+from run.ranks import Ranks
+from run.roll_call import meet
+from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
+from tests.stress.compare_ranks import BOUND, difference, settings_of, torchrun
+from tokens.token_files import open_data
+from training.meter import culprits
+from training.parallel import DataParallel
+from training.start import check_same_job
+
+LONG = {"max_iters": 60, "eval_interval": 30, "dropout": 0.1, "hessian_interval": 10}
 
 
 @pytest.fixture(scope="module")
@@ -21,106 +33,205 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(folder):
-    """The rows of every optimizer on 1, 2, 3 and 4 ranks."""
-    return {ranks: rows_of(folder, ranks) for ranks in MICRO_BATCH_SIZES}
+def three_ranks(folder):
+    """The runs of this file on three ranks, in `folder`, by two calls of torchrun as starting takes longest."""
+    plain = {name: settings_of(folder, name, 3) for name in OPTIMIZERS}
+    begun = plain["sophiag"] | {"out_dir": folder / "begun", "max_iters": 10, "lr_decay_iters": 20}
+    whole = {name: plain[name] | LONG | {"out_dir": folder / f"{name}-whole"} for name in OPTIMIZERS}
+    done = torchrun(3, *plain.values(), begun, *whole.values())
+    assert done.returncode == 0, done.stderr
+    for name in OPTIMIZERS:
+        shutil.copytree(folder / f"{name}-whole", folder / f"{name}-parts")
+        shutil.rmtree(last_checkpoint(folder / f"{name}-parts"))  # back to step 30
+    resumed = {"init_from": "resume"}
+    done = torchrun(3, *(whole[name] | resumed | {"out_dir": folder / f"{name}-parts"} for name in OPTIMIZERS))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("steps 30 to 60") == len(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_any_number_of_ranks_gives_the_losses_of_one(rows, optimizer, ranks):
-    one, several = rows[1][optimizer], rows[ranks][optimizer]
-    assert [row["step"] for row in one] == [row["step"] for row in several] == list(range(21))
+def test_three_ranks_give_the_losses_of_one(folder, three_ranks, train, optimizer):
+    settings = settings_of(folder, optimizer, 1)
+    one, three = train(**settings), rows_of(folder / f"{optimizer}-3")
     for key in ("train/loss", "val/loss", "grad_norm"):
-        assert difference(one, several, key) < 1e-5, key
+        assert difference(one, three, key) < BOUND, key
     if optimizer.startswith("sophia"):
-        assert difference(one, several, "win_rate") < 0.01
+        assert difference(one, three, "win_rate") < 0.01
     assert one[1]["train/loss"] - one[20]["train/loss"] > 0.01  # it learnt something to disagree about
 
 
-def test_an_optimizer_shared_out_over_the_ranks_ends_with_the_same_bytes(folder, rows):
-    sharded = rows_of(folder / "sharded", 3, dataset=folder / "data", shard_optimizer=True)
-    for name in OPTIMIZERS:
-        whole, parts = (last_checkpoint(where / f"{name}-3") for where in (folder, folder / "sharded"))
-        assert same_weights(whole, parts)
-        if name.startswith("sophia"):
-            assert difference(rows[3][name], sharded[name], "win_rate") < 1e-6
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_on_three_ranks_ends_bit_identical(folder, three_ranks, optimizer):
+    whole, parts = folder / f"{optimizer}-whole", folder / f"{optimizer}-parts"
+    assert last_checkpoint(whole).name == "step_00000060"
+    assert same_weights(last_checkpoint(whole), last_checkpoint(parts))
+    assert without_timings(rows_of(whole)) == without_timings(rows_of(parts))
+    assert [row["step"] for row in rows_of(parts)] == list(range(61))
 
 
-def test_a_run_goes_on_with_other_ranks(folder, rows, train, tmp_path):
-    """Ten steps on three ranks with the optimizer shared out, the rest on one."""
-    settings = SETTINGS | OPTIMIZERS["sophiag"] | {"dataset": folder / "data", "micro_batch_size": 2}
-    first = settings | {"out_dir": tmp_path, "max_iters": 10, "lr_decay_iters": 20, "shard_optimizer": True}
-    assert torchrun(3, "none", first, capture_output=True).returncode == 0
-    rest = train(tmp_path, **settings, init_from="auto")
-    assert [row["step"] for row in rest] == list(range(21))
-    assert difference(rest, rows[1]["sophiag"], "train/loss") < 1e-5
+def test_a_run_goes_on_with_other_ranks(folder, three_ranks, train, tmp_path):
+    """Ten steps on three ranks, the rest on one."""
+    settings = settings_of(folder, "sophiag", 1)
+    rest = train(**settings | {"out_dir": folder / "begun", "init_from": "resume"})
+    assert difference(rest, train(**settings | {"out_dir": tmp_path}), "train/loss") < BOUND
+
+
+# Faults
+
+
+def error_of(done):
+    """The one line that a job says why it ended with."""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def test_a_gradient_that_is_not_a_number_on_one_rank_stops_all_and_names_it(folder):
-    settings = SETTINGS | {"dataset": folder / "data", "out_dir": folder / "nan", "eval_interval": 2, "log_interval": 4}
-    done = torchrun(2, "nan", settings | {"micro_batch_size": 3}, capture_output=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "its gradient's norm nan, because of rank 1 on" in errors[0]
-    assert "at step 3: stopped" in errors[0]
-    assert "step_00000002" in errors[0]
+    run = settings_of(folder, "adamw", 2) | {"out_dir": folder / "nan", "eval_interval": 2, "log_interval": 4}
+    done = torchrun(2, run, fault="nan")
+    assert "its gradient's norm nan, because of rank 1 on" in error_of(done)
+    assert "at step 3: stopped" in error_of(done)
+    assert "step_00000002" in error_of(done)
     assert "exitcode  : 3" in done.stderr
     assert last_checkpoint(folder / "nan").name == "step_00000002"
 
 
 def test_a_rank_that_hangs_is_named(folder):
-    settings = SETTINGS | {"dataset": folder / "data", "out_dir": folder / "hang", "timeout": 5, "eval_interval": 2}
-    done = torchrun(2, "hang", settings | {"micro_batch_size": 3}, capture_output=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "of 2 ranks, rank 1 on " in errors[0]
-    assert "did not answer" in errors[0]
+    run = settings_of(folder, "adamw", 2) | {"out_dir": folder / "hang", "eval_interval": 2, "timeout": 4}
+    done = torchrun(2, run, fault="hang")
+    assert "of 2 ranks, rank 1 on " in error_of(done)
+    assert "did not answer" in error_of(done)
     assert "exitcode  : 4" in done.stderr
     assert last_checkpoint(folder / "hang").name == "step_00000002"
 
 
+@pytest.fixture
+def rank_0():
+    """Rank 0 of two; the other is dead."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield Ranks(0, 2, ("a", "b"), dist.HashStore(), roll_call_seconds=0.3)
+    signal.signal(signal.SIGTERM, before)
+
+
+GLOO = "[/torch/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError(GLOO), "Connection closed by peer"),
+        (RuntimeError(f"Got the following error when running the callback: RuntimeError: {GLOO}"), "closed by peer"),
+        (dist.DistError("NCCL failed\nand so on"), "NCCL failed"),
+    ],
+    ids=["an exchange of the hosts", "DDP's exchange", "NCCL's"],
+)
+def test_a_failed_exchange_names_the_missing_rank(rank_0, error, cause):
+    with pytest.raises(errors.MachineError) as raised, rank_0.naming_lost_ranks():
+        raise error
+    message = str(raised.value)
+    assert message.startswith("of 2 ranks, rank 1 on b did not answer: hanging, dead or cut off (")
+    assert message.endswith(f"{cause})")
+    assert "pair.cc" not in message  # the place in torch's sources
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError, torch._dynamo.exc.InternalTorchDynamoError])
+def test_an_error_of_this_ranks_own_device_or_compiler_keeps_its_message(rank_0, kind):
+    with pytest.raises(kind, match="^an illegal memory access was encountered$"), rank_0.naming_lost_ranks():
+        raise kind("an illegal memory access was encountered")
+
+
+def test_ranks_meet_anew_in_a_store_that_has_the_names_of_dead_ones():
+    store, met = dist.HashStore(), []
+
+    def arrive(rank):
+        part = meet(store, rank, 3, 20)
+        part.set(f"from {rank}", "here")
+        met.append(part)
+
+    for _ in range(2):  # the second time as torchrun restarts its workers
+        del met[:]
+        threads = [threading.Thread(target=arrive, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(met) == 3
+        assert all(part.check([f"from {rank}" for rank in range(3)]) for part in met)
+
+
+def test_who_does_not_come_to_the_meeting_is_named():
+    with pytest.raises(RuntimeError, match="^of 3 ranks, rank 1, 2 did not arrive$"):
+        meet(dist.HashStore(), 0, 3, 0.2)
+
+
+class ToldByRank0(Ranks):
+    """Rank 1, which hears of rank 0 that it has another seed."""
+
+    def broadcast_object(self, value):
+        return value | {"seed": 1337}
+
+
 def test_a_rank_with_other_settings_is_refused(folder):
-    settings = SETTINGS | {"dataset": folder / "data", "out_dir": folder / "other", "micro_batch_size": 3}
-    done = torchrun(2, "other", settings, capture_output=True)
-    assert "error: rank 1: seed = 1, but rank 0 was started with 1337" in done.stderr
-    assert not (folder / "other" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (3, 2)])
-def test_a_killed_run_ends_bit_identical(tmp_path, ranks, kills):
-    runs, _ = run_with_kills(tmp_path, kills, ranks)
-    assert runs >= 1
-
-
-@pytest.mark.skipif(not two_hosts.available(), reason="needs root and network namespaces")
-def test_two_hosts(tmp_path):
-    assert two_hosts.run(tmp_path, timeout=5).resumed_from > 0
-
-
-def test_tensors_cross_the_network_in_pieces():
-    sizes = [3, PIECE - 4, 2, PIECE, 1, 2 * PIECE, 5]
-    parts = list(pieces([torch.empty(size, device="meta") for size in sizes]))
-    assert [[tensor.numel() for tensor in part] for part in parts] == [
-        [3, PIECE - 4], [2], [PIECE], [1], [2 * PIECE], [5],
-    ]  # fmt: skip
-    assert list(pieces([])) == []
+    s = script.read([f"--{name}={value}" for name, value in settings_of(folder, "adamw", 2).items()] + ["--seed=1"])
+    machine = Machine(torch.device("cpu"), torch.float32, False, ToldByRank0(1, 2))
+    with pytest.raises(errors.RankError, match="^seed = 1, but rank 0 was started with 1337$"):
+        check_same_job(s, open_data(s.dataset, s.block_size), machine)
 
 
 def test_the_rank_at_fault_is_told_from_those_it_reached():
-    here = Machine(torch.device("cpu"), torch.float32, compile=False, ranks=Ranks(0, 3, ("a", "b", "c")))
-    parts = torch.tensor([[1.0, 2.0, np.nan], [1.0, np.inf, np.nan], [1.0, 3.0, np.nan]])
-    assert "because of rank 1 on b alone" in script.culprits(parts, here)
-    assert script.culprits(parts.fill_(np.nan), here) == ""
-    assert script.culprits(parts.fill_(1.0), here) == ""
+    machine = Machine(torch.device("cpu"), torch.float32, compile=False, ranks=Ranks(0, 3, ("a", "b", "c")))
+    parts = torch.tensor([[1.0, 2.0], [1.0, np.inf], [1.0, 3.0]])  # loss, gradient norm
+    assert "because of rank 1 on b alone" in culprits(parts, machine)
+    assert culprits(parts.fill_(np.nan), machine) == ""
+    assert culprits(parts.fill_(1.0), machine) == ""
 
 
-def test_a_batch_that_does_not_fit_the_ranks_is_refused_with_what_would(folder):
-    settings = SETTINGS | {"dataset": folder / "data", "out_dir": folder / "refused", "micro_batch_size": 4}
-    done = torchrun(2, "none", settings, capture_output=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        "error: batch_size = 12 is not a multiple of 8 (micro_batch_size 4 x 2 ranks); 8 or 16 would do;"
-        " or micro_batch_size = 2 or 3 or 6"
-    ]
-    assert not (folder / "refused").exists()
+def test_an_error_of_one_rank_is_said_by_that_rank(capsys, monkeypatch):
+    def said(kind, rank, local_rank):
+        def fail():
+            raise kind("out of range")
+
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as stop:
+            errors.run(fail)
+        assert stop.value.code == kind.exit_code
+        return capsys.readouterr().err
+
+    assert said(errors.UserError, "3", "3") == ""  # the first rank of the machine says it
+    assert said(errors.UserError, "3", "0") == "error: rank 3: out of range\n"
+    assert said(errors.RankError, "3", "3") == "error: rank 3: out of range\n"
+
+
+class Graphs:
+    """A backend of torch.compile that counts the graphs it is given."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, _):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def own_group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_blocks_are_split_where_ddp_exchanges_gradients(own_group):
+    """A backward pass that is one graph would not let a bucket go before all gradients are there."""
+    machine = Machine(torch.device("cpu"), torch.float32, compile=True, ranks=Ranks(0, 2))
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=6, n_head=8, n_embd=512))  # blocks of 72 MiB
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    counts = []
+    for called in (model, DataParallel(model, machine)):
+        torch.compiler.reset()
+        graphs = Graphs()
+        model.h.compile(backend=graphs)
+        called(idx, idx)
+        counts.append(graphs.count)
+    assert counts[0] == 1
+    assert counts[1] >= 3  # buckets of 25 MiB

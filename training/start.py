@@ -65,7 +65,16 @@ def pretrained_model(settings: Settings, data: TokenData) -> GPT:
         raise UserError(f"init_from = {name!r}: must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder")
     try:
         model = GPT.from_pretrained(name, settings.block_size, settings.dropout)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"init_from = {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     if model.config.vocab_size < data.vocab_size:
         raise UserError(

@@ -8,7 +8,6 @@ Other arguments are settings of train.py.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -18,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import TINY, arguments, last_checkpoint, same_weights, text_dataset
+from run.settings import ROOT
+from tests.conftest import TINY, arguments, last_checkpoint, rows_of, same_weights, text_dataset
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 KILLS_A_RUN = 5
 SETTINGS = TINY | {"n_embd": 64, "batch_size": 12, "micro_batch_size": 1, "max_iters": 60, "eval_interval": 4}
 
@@ -103,7 +102,7 @@ def run_with_kills(folder: Path, kills: int, ranks: int = 1, more: list[str] = (
 
 
 def steps(out_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows_of(out_dir)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 -m tests.stress.ranks_worker none '{"out_dir": "out"
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -14,33 +15,42 @@ import torch.distributed as dist
 import train
 from run import errors
 from tests.conftest import arguments
-from training import steps
 
 STEP = 3  # in which the fault happens
-correct = steps.accumulate_gradients
+FAULTS = ("none", "hang", "nan")
 
 
-def with_fault(model, batches, step):
-    if step == STEP and os.environ["RANK"] == "1":
+def with_fault(fault: str):
+    """train.accumulate_gradients on a rank that hangs, or whose own gradient is not a number."""
+    correct = train.accumulate_gradients
+
+    def accumulate_gradients(step, model, batches):
+        if step != STEP:
+            return correct(step, model, batches)
         if fault == "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds for it
             time.sleep(3600)
-        elif fault == "nan":
-            first = next(model.parameters())
-            handle = first.register_hook(lambda gradient: gradient * float("nan"))
-            try:
-                return correct(model, batches, step)
-            finally:
-                handle.remove()
-    return correct(model, batches, step)
+        handle = next(model.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        try:
+            return correct(step, model, batches)
+        finally:
+            handle.remove()
+
+    return accumulate_gradients
 
 
-fault, *runs = sys.argv[1:]
-if fault in ("hang", "nan"):
-    steps.accumulate_gradients = with_fault
-torch.set_num_threads(1)
-for run in runs:
-    other = {"seed": 1} if fault == "other" and os.environ["RANK"] == "1" else {}
-    sys.argv = ["train.py", *arguments(**json.loads(run) | other)]
-    errors.run(train.main)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def main() -> None:
+    fault, *runs = sys.argv[1:]
+    assert fault in FAULTS, fault
+    if fault != "none" and os.environ["RANK"] == "1":
+        train.accumulate_gradients = with_fault(fault)
+    torch.set_num_threads(1)
+    for run in runs:
+        sys.argv = ["train.py", *arguments(**json.loads(run))]
+        errors.run(train.main)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

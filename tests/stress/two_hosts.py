@@ -234,7 +234,8 @@ def main() -> None:
     parser.add_argument("--rendezvous", default="static", choices=RENDEZVOUS)
     given = parser.parse_args()
     if not available():
-        sys.exit("error: two hosts need root, and `ip netns` to work")
+        print("skipped: needs root and network namespaces")
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts go then too
     with tempfile.TemporaryDirectory() as scratch:
         figures = run(Path(scratch), given.timeout, given.ranks_per_host, given.rendezvous)

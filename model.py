@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from head import LabelLoss, SampledLabelLoss, mean_in_chunks
+from head import ChunkLoss, mean_in_chunks
+from sophia import labels_from_uniforms
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = Blocks(Block(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.label_loss, self.sampled_label_loss = LabelLoss(), SampledLabelLoss()
+        self.label_loss, self.sampled_label_loss = ChunkLoss(), ChunkLoss(draw=labels_from_uniforms)
         for name, parameter in self.named_parameters():
             # GPT-2's initialisation: N(0, 0.02), and residual projections scaled by 1 / sqrt(2 * n_layer)
             if parameter.dim() == 2:

@@ -66,7 +66,7 @@ def accumulate_gradients(step: int, model: DataParallel, batches: Batches) -> Te
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
         with model.exchanging(number == batches.accumulation_steps):
-            with machine.autocast():
+            with machine.forward_context():
                 loss = model(x, y) / batches.accumulation_steps
             loss.backward()
         total += loss.detach()
@@ -81,7 +81,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
     sums = torch.zeros(2, dtype=wide, device=machine.device)  # of losses, of tokens
     model.eval()
     for x, y in batches.validation():
-        with machine.autocast():
+        with machine.forward_context():
             loss = model(x, y)
         tokens = (y >= 0).sum()
         sums += torch.stack((loss * tokens, tokens))
@@ -92,7 +92,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
 
 
 def main() -> None:
-    # Everything that can be refused is refused before anything is allocated or written.
+    # What can be refused early is refused before anything is allocated or written.
     settings = read(sys.argv[1:])
     rank, count = ranks.environment()
     check_batch(settings, count)

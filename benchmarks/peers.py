@@ -56,7 +56,7 @@ def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool],
 
     def gradients(loss: Callable[[], Tensor]) -> None:
         for _ in range(passes):
-            with machine.autocast():
+            with machine.forward_context():
                 part = loss() / passes
             part.backward()
         torch.nn.utils.clip_grad_norm_(raw.parameters(), settings.grad_clip)

@@ -42,7 +42,7 @@ class Machine:
     plain_attention: bool = False
 
     @contextlib.contextmanager
-    def autocast(self):
+    def forward_context(self):
         """Around every forward pass: products in `dtype`, and the attention kernel that is fast here."""
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else contextlib.nullcontext()
         with attention, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -17,7 +17,7 @@ from torch import Tensor
 from run.errors import MachineError
 from run.roll_call import meet, missing_ranks
 
-ROLL_CALL_SECONDS = 10  # or half of the time-out, of which it is the last part
+ROLL_CALL_SECONDS = 10  # the last part of the time-out, of which it is half at most
 
 
 def environment() -> tuple[int, int]:
@@ -36,7 +36,7 @@ class Ranks:
     hosts: tuple[str, ...] = ()  # of each rank
     store: dist.Store | None = None
     roll_call_seconds: float = ROLL_CALL_SECONDS
-    group: dist.ProcessGroup | None = None  # for tensors on the device; the default group is the hosts' own
+    group: dist.ProcessGroup | None = None  # for tensors on the device; the default group is gloo, for the host's own
 
     @property
     def is_main(self) -> bool:

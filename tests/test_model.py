@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import head as head_file
-from head import LabelLoss, mean_in_chunks
+from head import ChunkLoss, mean_in_chunks
 from model import GPT, GPTConfig
 from run.machine import Machine, has_compiler
 from sophia import hutchinson, labels_from_uniforms
@@ -133,7 +133,7 @@ def test_the_loss_of_sampled_labels_is_that_of_the_labels_which_the_uniforms_dra
 def test_no_chunk_has_more_logits_than_allowed():
     sizes = []
 
-    class Counting(LabelLoss):
+    class Counting(ChunkLoss):
         def loss(self, hidden, weight, labels):
             sizes.append(len(hidden) * len(weight))
             return super().loss(hidden, weight, labels)
@@ -206,7 +206,7 @@ def test_plain_attention_in_bfloat16_is_as_accurate_as_the_fused_one(plain_atten
 
 
 def logits_of(model, idx, machine):
-    with machine.autocast():
+    with machine.forward_context():
         return model(idx)
 
 
@@ -256,3 +256,17 @@ def test_generation_follows_the_seed_and_the_options():
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_an_evaluation_computes_no_gradients():
+    class Spy(ChunkLoss):
+        def forward(self, hidden, weight, targets, d_weight):
+            given.append(d_weight is not None)
+            return super().forward(hidden, weight, targets, d_weight)
+
+    given, model, idx = [], GPT(TINY), torch.zeros(1, 16, dtype=torch.long)
+    model.label_loss = Spy()
+    with torch.no_grad():
+        model(idx, idx)
+    model(idx, idx)
+    assert given == [False, True]

@@ -146,10 +146,10 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, streaming, ki
     path = write_documents(tmp_path / f"documents.{kind}")
 
     def source():
-        return sources.open_documents("", None, [path], streaming, "text", 0.1)
+        return sources.open_documents("", None, [path], streaming, "text", 0.3)
 
     write_data_set(tmp_path / "whole", source(), Bytes(), 2)
-    disturbed = Failing(source(), 20, 30, 0)
+    disturbed = Failing(source(), 20, 65, 0)  # a table is among the documents of val then
     for _ in range(3):
         with pytest.raises(Killed):
             write_data_set(tmp_path / "out", disturbed, Bytes(), 2)

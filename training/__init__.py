@@ -1,1 +1,1 @@
-"""The parts of a training step: the optimizer and its schedule, and the estimate of curvature."""
+"""The parts of a run: its start, the optimizer and its schedule, curvature, data parallelism, and the meter."""

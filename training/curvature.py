@@ -67,7 +67,7 @@ class Curvature:
         return mean
 
     def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-        with self.machine.autocast():
+        with self.machine.forward_context():
             loss = self.model.sampled_loss(x, uniforms)
         return torch.autograd.grad(loss, params)
 
@@ -79,15 +79,17 @@ class Curvature:
         point = {names[param]: param.detach() for param in params}
         towards = {names[param]: u for param, u in zip(params, directions, strict=True)}
         mean = {name: torch.zeros_like(param) for name, param in point.items()}
-        # Forward over reverse keeps every activation twice, and the directions besides: a quarter of a micro-batch
-        # takes about the memory of a whole one in training. Checkpoints have no forward mode: without them it is an
-        # eighth of a micro-batch that is trained on with them.
+        # Forward over reverse keeps activations twice: it takes a quarter of a micro-batch at a time. Activations
+        # cannot be computed again in forward mode: where training does that, an eighth.
         checkpointed = self.model.h.checkpoint_activations
         self.model.h.checkpoint_activations = False
         size = max(1, self.settings.micro_batch_size // (8 if checkpointed else 4))
         for (x, y), (first, last) in self.batches.curvature(step, size):
             weight = (last - first) / self.settings.hessian_batch_size
-            with self.machine.autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            with (
+                self.machine.forward_context(),
+                sdpa_kernel(SDPBackend.MATH),
+            ):  # fused attention has no second derivative
                 self._add_product(mean, weight, self.model, point, towards, x, y)
         self.model.h.checkpoint_activations = checkpointed
         products = list(mean.values())

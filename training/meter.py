@@ -50,7 +50,7 @@ class Meter:
         self.results.append(result)
 
     def row(self, step: int) -> dict[str, Any]:
-        """The row of update `step`, the last that was added. This is the one place where the host waits for the device.
+        """The row of update `step`, the last that was added. Here the host waits for the updates.
         Updates the progress. Diverged where a loss or a gradient of these updates is not finite.
         """
         settings, progress, machine = self.settings, self.progress, self.machine

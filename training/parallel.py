@@ -38,7 +38,7 @@ class DataParallel:
         if self._ddp:
             shape = micro_batch_size, self.model.config.block_size
             tokens = torch.zeros(shape, dtype=torch.int64, device=self.machine.device)
-            with self.machine.autocast():
+            with self.machine.forward_context():
                 loss = self(tokens, tokens)
             loss.backward()
             self._ddp.zero_grad()

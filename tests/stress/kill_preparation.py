@@ -7,6 +7,7 @@ Other arguments go to prepare.py.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -60,8 +61,10 @@ def run_with_kills(arguments: list[str], kills: int, folder: Path, seed: int = 0
 def wait_for_a_moment(process: subprocess.Popen, progress: Path, seconds: float, chance: random.Random) -> None:
     """Half of the moments are any of a run, half of them soon after the next note of its progress."""
 
-    def noted() -> int:
-        return progress.stat().st_mtime_ns if progress.exists() else 0
+    def noted() -> bytes:
+        with contextlib.suppress(FileNotFoundError):
+            return progress.read_bytes()
+        return b""
 
     end = time.perf_counter() + chance.uniform(0, seconds)
     if chance.random() < 0.5:

@@ -7,6 +7,7 @@
 """
 
 import math
+import os
 import sys
 
 import torch
@@ -172,7 +173,13 @@ def train(
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = errors.Unbreakable(sys.stdout), errors.Unbreakable(sys.stderr)
-    errors.run(main)
-    # Not after a failure: with a rank lost, leaving in good order could wait for it for ever.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        errors.run(main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()  # not after a failure, as it could wait for a lost rank for ever
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once, because gloo's threads may abort an interpreter that is being taken down (torch 2.13)

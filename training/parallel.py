@@ -20,7 +20,7 @@ class DataParallel:
         self._bucket_norms: list[Tensor] = []
         if machine.ranks.count > 1:
             self._ddp = DistributedDataParallel(model, process_group=machine.ranks.group, gradient_as_bucket_view=True)
-            self._ddp.register_comm_hook(machine.ranks.group, self._reduce)
+            self._ddp.register_comm_hook((machine.ranks.group, self._bucket_norms), note_norm_and_reduce)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return (self._ddp or self.model)(x, y)
@@ -50,6 +50,9 @@ class DataParallel:
         self._bucket_norms.clear()
         return norm
 
-    def _reduce(self, group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self._bucket_norms.append(bucket.buffer().norm())  # when it is not finite, this tells whose it is
-        return allreduce_hook(group, bucket)
+
+def note_norm_and_reduce(state: tuple, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook of DDP's. When the gradient is not finite, its norm before the exchange tells on which rank."""
+    group, norms = state  # and not the model, which DDP would then keep alive, and the process group with it
+    norms.append(bucket.buffer().norm())
+    return allreduce_hook(group, bucket)

@@ -7,11 +7,9 @@
 """
 
 import math
-import os
 import sys
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model import GPT
@@ -175,11 +173,6 @@ if __name__ == "__main__":
     sys.stdout, sys.stderr = errors.Unbreakable(sys.stdout), errors.Unbreakable(sys.stderr)
     try:
         errors.run(main)
-        code = 0
+        ranks.leave(0)
     except SystemExit as stop:
-        code = stop.code
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()  # not after a failure, as it could wait for a lost rank for ever
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at once, because gloo's threads may abort an interpreter that is being taken down (torch 2.13)
+        ranks.leave(stop.code)

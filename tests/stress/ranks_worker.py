@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from run import errors
+from run import errors, ranks
 from tests.conftest import arguments
 
 STEP = 3  # in which the fault happens
@@ -50,6 +50,7 @@ def main() -> None:
         errors.run(train.main)
         if dist.is_initialized():
             dist.destroy_process_group()
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

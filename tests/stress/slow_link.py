@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from run import ranks
 from run.settings import ROOT
 from tests.conftest import arguments, text_dataset
 from tests.stress.two_hosts import CABLE, PORT, Host, two_hosts
@@ -80,6 +81,7 @@ def profiled_main() -> None:
 
     train.accumulate_gradients = accumulate_gradients
     train.main()
+    ranks.leave(0)
 
 
 def main() -> None:

@@ -90,9 +90,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            # gloo raises plain RuntimeErrors; an error of this rank's own device or compiler keeps its message
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
+            if not is_of_an_exchange(error):
+                raise  # an error of this rank's own device or compiler keeps its message
             raise MachineError(f"{self._who_is_missing()} ({one_cause(error)})") from error
 
     def _who_is_missing(self) -> str:
@@ -134,6 +133,13 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def is_of_an_exchange(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError | torch.AcceleratorError):
+        return isinstance(error, dist.DistError)
+    # gloo raises plain RuntimeErrors, most of them with the path of its source
+    return any(words in str(error) for words in ("gloo", "pair closure", "by peer", "Timed out waiting"))
 
 
 def one_cause(error: Exception) -> str:

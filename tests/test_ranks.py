@@ -120,9 +120,10 @@ GLOO = "[/torch/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
     [
         (RuntimeError(GLOO), "Connection closed by peer"),
         (RuntimeError(f"Got the following error when running the callback: RuntimeError: {GLOO}"), "closed by peer"),
+        (RuntimeError("Application timeout caused pair closure"), "caused pair closure"),
         (dist.DistError("NCCL failed\nand so on"), "NCCL failed"),
     ],
-    ids=["an exchange of the hosts", "DDP's exchange", "NCCL's"],
+    ids=["an exchange of the hosts", "DDP's exchange", "the second of two", "NCCL's"],
 )
 def test_a_failed_exchange_names_the_missing_rank(rank_0, error, cause):
     with pytest.raises(errors.MachineError) as raised, rank_0.naming_lost_ranks():

@@ -23,6 +23,8 @@ class ChunkLoss(nn.Module):
     targets)`, or without `draw` the targets themselves. A target of -1 is left out.
     """
 
+    matrices = 1  # of the size of the logits in memory, in units of what this class needs
+
     def __init__(self, draw: Callable[[Tensor, Tensor], Tensor] | None = None):
         super().__init__()
         self.draw = draw
@@ -35,9 +37,7 @@ class ChunkLoss(nn.Module):
         # F.cross_entropy by hand, as that compares labels in 64 bits: a step of a small model takes 3 % less on a CPU.
         peak = logits.detach().amax(dim=-1, keepdim=True)  # (N, 1)
         log_total = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)  # (N,), of the softmax's denominators
-        tokens = torch.arange(len(weight), dtype=torch.int32, device=logits.device)
-        own = torch.where(labels.to(torch.int32).unsqueeze(-1) == tokens, logits, 0).sum(dim=-1)  # (N,), of the labels
-        return ((log_total - own) * (labels >= 0)).sum()
+        return ((log_total - of_labels(logits, labels)) * (labels >= 0)).sum()
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, d_weight: Tensor | None) -> tuple:
         """The loss and its gradient by `hidden`; that by `weight` is added to `d_weight`, in the same pass over the
@@ -50,13 +50,24 @@ class ChunkLoss(nn.Module):
         return loss, d_hidden
 
 
+def of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of each label, (N,)."""
+    tokens = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    return torch.where(labels.to(torch.int32).unsqueeze(-1) == tokens, logits, 0).sum(dim=-1)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """In which matrix products with the tensor are computed: autocast's format, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 class _MeanInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients):
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        logits = CPU_LOGITS if device == "cpu" else GPU_LOGITS
-        chunks = max(1, math.ceil(len(hidden) * len(weight) / logits))
+        dtype = product_dtype(hidden)
+        logits = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
+        chunks = max(1, math.ceil(len(hidden) * len(weight) * chunk_loss.matrices / logits))
         size = math.ceil(len(hidden) / chunks)
         low_weight = weight.to(dtype)  # once for all chunks
         d_weight = torch.zeros_like(weight) if with_gradients else None

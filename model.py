@@ -43,14 +43,18 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, n_head, T, C / n_head)."""
         B, T, C = x.shape
-        # each (B, n_head, T, C / n_head)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+
+    def merge(self, y: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -74,7 +78,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+        return self.after(x, self.attn.attend(*self.before(x)))
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.heads(self.ln_1(x))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attn.merge(y)
         return x + self.mlp(self.ln_2(x))
 
 

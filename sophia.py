@@ -26,7 +26,6 @@ __all__ = [
     "SophiaG",
     "SophiaH",
     "gauss_newton_bartlett",
-    "hessian_vector_product",
     "hutchinson",
     "labels_from_uniforms",
     "sample_labels",
@@ -276,17 +275,6 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
 
 def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor; not every build of torch has the class
-
-
-def hessian_vector_product(
-    loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], directions: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """H u of a loss that is a function of its parameters, for the direction u, by forward over reverse mode.
-
-    With torch.compile this is the fastest exact way. u * (H u) is Hutchinson's estimate; for a fixed u the products of
-    the parts of a batch add up. Fused attention has no forward mode: call it inside sdpa_kernel(SDPBackend.MATH).
-    """
-    return torch.func.jvp(torch.func.grad(loss), (params,), (directions,))[1]
 
 
 def normal_like(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:

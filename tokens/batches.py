@@ -45,12 +45,14 @@ class Batches:
             yield self._on_device(rows)
 
     def curvature(
-        self, step: int, size: int, group: int = 1
+        self, step: int, most: int, group: int = 1
     ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[int, int]]]:
-        """This rank's part of the first hessian_batch_size sequences of update `step`, `size` at a time, as
-        ((x, y), (first, last)) with the numbers of the sequences. Groups of `group` sequences stay on one rank.
+        """This rank's part of the first hessian_batch_size sequences of update `step`, as ((x, y), (first, last)) with
+        the numbers of the sequences: in equal parts, so that one shape is compiled, of at most `most` sequences.
+        Groups of `group` sequences stay on one rank.
         """
         start, stop = self.machine.ranks.slice(self.settings.hessian_batch_size // group)
+        size = max((part for part in divisors((stop - start) * group) if part <= most), default=most)
         for first, last in chunks(start * group, stop * group, size):
             yield self._train_rows(step, first, last), (first, last)
 

@@ -1,16 +1,15 @@
 """The curvature step: Sophia's estimates over many micro-batches and many ranks."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT
 from run import randomness
 from run.machine import Machine
 from run.settings import Settings
-from sophia import hessian_vector_product, normal_like
+from sophia import normal_like
 from tokens.batches import Batches
+from training.hessian_product import HessianProduct
 
 
 class Curvature:
@@ -20,7 +19,7 @@ class Curvature:
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
-        self._add_product = torch.compile(add_product, dynamic=False) if machine.compile else add_product
+        self._hessian_product = HessianProduct(model, machine.compile) if settings.optimizer == "sophiah" else None
 
     def is_due(self, step: int) -> bool:
         """Whether update `step` (from 1) begins with an estimate: the first does, then every hessian_interval-th."""
@@ -73,47 +72,20 @@ class Curvature:
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """u * (H u), with one u for all sequences (the paper's algorithm 1)."""
-        seed = randomness.torch_seed(self.settings.seed, randomness.DIRECTIONS, step)
+        settings, names = self.settings, {param: name for name, param in self.model.named_parameters()}
+        seed = randomness.torch_seed(settings.seed, randomness.DIRECTIONS, step)
         directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
-        names = {param: name for name, param in self.model.named_parameters()}
-        point = {names[param]: param.detach() for param in params}
-        towards = {names[param]: u for param, u in zip(params, directions, strict=True)}
-        mean = {name: torch.zeros_like(param) for name, param in point.items()}
-        # Forward over reverse keeps activations twice: it takes a quarter of a micro-batch at a time. Activations
-        # cannot be computed again in forward mode: where training does that, an eighth.
-        checkpointed = self.model.h.checkpoint_activations
-        self.model.h.checkpoint_activations = False
-        size = max(1, self.settings.micro_batch_size // (8 if checkpointed else 4))
-        for (x, y), (first, last) in self.batches.curvature(step, size):
-            weight = (last - first) / self.settings.hessian_batch_size
-            with (
-                self.machine.forward_context(),
-                sdpa_kernel(SDPBackend.MATH),
-            ):  # fused attention has no second derivative
-                self._add_product(mean, weight, self.model, point, towards, x, y)
-        self.model.h.checkpoint_activations = checkpointed
-        products = list(mean.values())
-        self.machine.ranks.all_reduce(products)
-        torch._foreach_mul_(products, directions)
-        return products
-
-
-def add_product(
-    total: dict[str, Tensor],
-    weight: float,
-    model: GPT,
-    point: dict[str, Tensor],
-    directions: dict[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-) -> None:
-    """Add weight * H u of the training loss at the weights `point` to `total`."""
-
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        # from the logits, as the model's own loss can be differentiated only once
-        logits = torch.func.functional_call(model, weights, (x,))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.flatten(0, 1).to(wide), y.flatten(), ignore_index=-1)
-
-    for name, product in hessian_vector_product(loss, point, directions).items():
-        total[name].add_(product, alpha=weight)
+        for direction in directions:  # rank 0's, as GPUs of another kind draw other numbers
+            self.machine.ranks.broadcast(direction)
+        u = {names[param]: direction for param, direction in zip(params, directions, strict=True)}
+        total = [torch.zeros_like(param) for param in params]
+        tokens = settings.hessian_batch_size * settings.block_size
+        size = max(1, settings.micro_batch_size // 2)
+        for (x, y), _ in self.batches.curvature(step, size):
+            with self.machine.forward_context():
+                product = self._hessian_product(x, y, u, tokens)
+            torch._foreach_add_(total, [product[names[param]] for param in params])
+            del product
+        self.machine.ranks.all_reduce(total)
+        torch._foreach_mul_(total, directions)
+        return total

@@ -1,0 +1,211 @@
+"""H u, the Hessian of a GPT's training loss times a direction: exact, in about twice the memory of a training pass.
+
+Along u the loss changes at the rate g·u, and the gradient of that number is H u: reverse over forward mode. The forward
+pass carries every activation as a pair (value, tangent); a backward pass follows, as in training. PyTorch's fused
+attention has no forward mode. So the tangent of attention is computed here, for a few queries at a time, and its
+T x T matrices are computed again in the backward pass: they are never in memory as a whole (the idea is that of
+FlashAttention, Dao et al., 2022, arXiv 2205.14135).
+
+Letters in the shape comments: B sequences, H heads, T tokens, D channels of a head; R queries of a block, N keys.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, jvp
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from head import ChunkLoss, mean_in_chunks, of_labels, product_dtype
+from model import GPT, Block
+
+QUERIES = 128  # of a block
+
+Named = dict[str, Tensor]
+
+
+class HessianProduct:
+    """Products with the Hessian of the loss of `model`, without dropout, at its present weights. With `compile` every
+    part is compiled once, for all layers.
+    """
+
+    def __init__(self, model: GPT, compile: bool):
+        def compiled(function: Callable) -> Callable:
+            return torch.compile(function, dynamic=False) if compile else function
+
+        self.model = model
+        with torch.device("meta"):  # without weights: it is given those of every block in turn, as all have one code
+            block = Block(model.config, layer_idx=0).eval()
+        self.before, self.after = (compiled(on_pairs(block, name)) for name in ("before", "after"))
+        self.norm = compiled(on_pairs(model.ln_f, "forward"))
+        self.attention = compiled(attention_tangent), compiled(attention_tangent_backward)
+        self.rate = TangentLoss()
+        if compile:
+            self.rate.compile(dynamic=False)
+
+    def __call__(self, idx: Tensor, targets: Tensor, u: Named, count: int) -> Named:
+        """H u of the sum of the tokens' losses divided by `count`; like `u` it goes by the names of the parameters.
+
+        idx, targets: (B, T) integers; a target of -1 is left out.
+        """
+        model, weights = self.model, dict(self.model.named_parameters())
+
+        def embed(weights: Named) -> Tensor:
+            return F.embedding(idx, weights["wte.weight"]) + weights["wpe.weight"][: idx.shape[1]]
+
+        x, dx = embed(weights), embed(u).requires_grad_()  # the latter as in later layers, which share the code
+        for number, block in enumerate(model.h):
+            parts = block, part_of(weights, f"h.{number}."), part_of(u, f"h.{number}.")
+            if model.h.checkpoint_activations:
+                x, dx = checkpoint(self.block, *parts, x, dx, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, dx = self.block(*parts, x, dx)
+        hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
+        self.rate.direction = u["wte.weight"].to(product_dtype(x))
+        rate = mean_in_chunks(hidden.flatten(0, 1), model.wte.weight, targets.flatten(), count, self.rate)
+        return dict(zip(weights, torch.autograd.grad(rate, list(weights.values())), strict=True))
+
+    def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        heads, tangents = self.before(weights, u, (x,), (dx,))
+        y = F.scaled_dot_product_attention(*heads, is_causal=True, scale=block.attn.scale)
+        dy = AttentionTangent.apply(*heads, *tangents, block.attn.scale, self.attention)
+        return self.after(weights, u, (x, y), (dx, dy))
+
+
+def part_of(tensors: Named, prefix: str) -> Named:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+class Method(nn.Module):
+    """A method of a module as a module, whose parameters have the prefix `module.`."""
+
+    def __init__(self, module: nn.Module, name: str):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return getattr(self.module, self.name)(*inputs)
+
+
+def on_pairs(module: nn.Module, name: str) -> Callable:
+    """A method of a module as a function of (weights, u, values of the inputs, their tangents), which gives the values
+    of the outputs and their tangents.
+    """
+    method = Method(module, name)
+
+    def run(weights: Named, u: Named, values: tuple, tangents: tuple) -> tuple:
+        def function(weights: Named, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return functional_call(method, {f"module.{name}": tensor for name, tensor in weights.items()}, inputs)
+
+        with PlainLayerNorm():
+            return jvp(function, (weights, *values), (u, *tangents))
+
+    return run
+
+
+class PlainLayerNorm(TorchFunctionMode):
+    """Within this context F.layer_norm consists of simple operations: the gradient of its own tangent is wrong, as it
+    takes mean and variance for constants (torch 2.13).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (layer_norm if function is F.layer_norm else function)(*args, **kwargs or {})
+
+
+def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x = x.to(wide(x))
+    x = x - x.mean(dim=-1, keepdim=True)
+    x = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
+    return x if bias is None else x + bias
+
+
+class AttentionTangent(torch.autograd.Function):
+    """The tangent of causal attention, by `functions`: attention_tangent and attention_tangent_backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dq, dk, dv, scale, functions):
+        ctx.scale, ctx.functions = torch.tensor(scale, dtype=torch.float64), functions  # a number would be compiled in
+        ctx.save_for_backward(q, k, v, dq, dk, dv)
+        return functions[0](q, k, v, dq, dk, dv, ctx.scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *ctx.functions[1](*ctx.saved_tensors, ctx.scale, gradient), None, None
+
+
+def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: Tensor) -> Tensor:
+    """The tangent of softmax(scale * q kᵀ, causal) v, (B, H, T, D) as all arguments, along dq, dk and dv."""
+    shape, (q, k, v, dq, dk, dv) = q.shape, (x.flatten(0, 1) for x in (q, k, v, dq, dk, dv))  # (BH, T, D)
+    rows = []
+    for seen, p, c in attention_weights(q, k, dq, dk, scale):
+        rows.append((p * c).to(q.dtype) @ v[:, :seen] + p.to(q.dtype) @ dv[:, :seen])
+    return torch.cat(rows, dim=1).view(shape)
+
+
+def attention_tangent_backward(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: Tensor, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients by q, k, v, dq, dk and dv, where `gradient` is that by the tangent of attention."""
+    shape, dtype = q.shape, q.dtype
+    q, k, v, dq, dk, dv, gradient = (x.flatten(0, 1) for x in (q, k, v, dq, dk, dv, gradient))  # (BH, T, D)
+    g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # of each block of queries or keys
+    for seen, p, c in attention_weights(q, k, dq, dk, scale):
+        own = slice(seen - p.shape[1], seen)
+        g = gradient[:, own]
+        by_dp = (g @ v[:, :seen].mT).to(p.dtype)  # dp = p * c
+        by_dp = by_dp - (p * by_dp).sum(dim=-1, keepdim=True)
+        by_p = (g @ dv[:, :seen].mT).to(p.dtype) + by_dp * c
+        by_scores = (scale * p * (by_p - (p * by_p).sum(dim=-1, keepdim=True))).to(dtype)
+        by_tangent = (scale * p * by_dp).to(dtype)  # of the scores
+        g_q.append(by_scores @ k[:, :seen] + by_tangent @ dk[:, :seen])
+        g_dq.append(by_tangent @ k[:, :seen])
+        add_blocks(g_k, by_scores.mT @ q[:, own] + by_tangent.mT @ dq[:, own])
+        add_blocks(g_dk, by_tangent.mT @ q[:, own])
+        add_blocks(g_v, (p * c).to(dtype).mT @ g)
+        add_blocks(g_dv, p.to(dtype).mT @ g)
+    return tuple(torch.cat(blocks, dim=1).to(dtype).view(shape) for blocks in (g_q, g_k, g_v, g_dq, g_dk, g_dv))
+
+
+def add_blocks(sums: list[Tensor], part: Tensor) -> None:
+    """Add to `sums`, one for each block of keys, the rows of `part` (BH, N, D), which has one block more."""
+    blocks = part.to(wide(part)).split(QUERIES, dim=1)
+    sums[:] = [total + block for total, block in zip(sums, blocks, strict=False)] + [blocks[-1]]
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, scale: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each block of queries the number N of keys that they see, the attention weights p, and c = dp / p, which is
+    the tangent of the scores less its mean under p; p and c are (BH, R, N).
+    """
+    queries, keys = torch.cat((dq, q), dim=-1), torch.cat((k, dk), dim=-1)  # (BH, T, 2D)
+    for first in range(0, q.shape[1], QUERIES):
+        own, seen = slice(first, first + QUERIES), min(first + QUERIES, q.shape[1])
+        scores = (q[:, own] @ k[:, :seen].mT).to(wide(q))
+        later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)
+        p = (scale * scores).masked_fill(later, -torch.inf).softmax(dim=-1)
+        tangent = scale * (queries[:, own] @ keys[:, :seen].mT).to(wide(q))
+        yield seen, p, tangent - (p * tangent).sum(dim=-1, keepdim=True)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class TangentLoss(ChunkLoss):
+    """The tangent of the loss of a chunk along `direction` (V, C) of the weight, in place of the loss. `hidden`
+    (N, 2C) holds the hidden states and their tangents.
+    """
+
+    direction: Tensor
+    matrices = 4
+
+    def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        values, tangents = hidden.chunk(2, dim=-1)
+        logits = F.linear(values, weight)  # (N, V)
+        tangent = (F.linear(tangents, weight) + F.linear(values, self.direction)).to(wide(logits))
+        mean = (logits.to(tangent.dtype).softmax(dim=-1) * tangent).sum(dim=-1)
+        return ((mean - of_labels(tangent, targets)) * (targets >= 0)).sum()

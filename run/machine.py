@@ -20,16 +20,14 @@ from run.errors import RankError, UserError
 from run.ranks import Ranks
 from run.settings import Settings
 
-# Dense bfloat16 matrix-multiply peaks of data sheets, FLOP/s, by words of the device's name
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
+# TFLOP/s of dense bfloat16 products with float32 sums, by model. Sources: NVIDIA's data sheets (half of what they give
+# with sparsity) and, for the RTX cards, its white papers on GA102, Ada and RTX Blackwell.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 NVL": 835,
+    "H100 PCIe": 756, "A100": 312, "A100 PCIe": 312, "L40S": 362, "L4": 121,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX 6000 Ada Generation": 364.2,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
 SHORT_CONTEXT = 256  # tokens, up to which a CPU is faster with plain attention than with PyTorch's fused one
 
 
@@ -53,7 +51,8 @@ class Machine:
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+        model = re.sub(r"NVIDIA |GeForce |[ -](SXM4|PCIE|\d+GB?|HBM3e?)\b", "", name)  # some names tell of the memory
+        return 1e12 * PEAK_TFLOPS[model] if model in PEAK_TFLOPS else None
 
     def note(self, text: str) -> None:
         if self.ranks.is_main:

@@ -85,6 +85,31 @@ def test_reading_ahead_changes_no_batch(dataset):
     assert batches.seconds_waited > 0
 
 
+def test_the_host_waits_for_no_copy_to_a_gpu(dataset, monkeypatch):
+    """With a GPU that is not there: what is copied to it stays where it is."""
+    pinned, waited = set(), []
+    real = torch.Tensor.to
+
+    def pin_memory(tensor):
+        pinned.add(tensor.data_ptr())
+        return tensor
+
+    def to(tensor, target, non_blocking=False):
+        if target != torch.device("cuda", 0):
+            return real(tensor, target)
+        waited.append(not non_blocking or tensor.data_ptr() not in pinned)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    s = settings.read(arguments(**TINY | {"dataset": dataset, "optimizer": "sophiag"}))
+    machine = Machine(torch.device("cuda", 0), torch.float32, compile=False)
+    batches = Batches(open_data(s.dataset, s.block_size), s, machine)
+    list(batches.train(1)), list(batches.curvature(1, 4)), list(batches.validation()), batches.label_uniforms(1)
+    assert waited == [False] * (2 + 1 + 3 + 1)
+
+
 def test_what_is_wrong_ahead_is_told_when_it_is_needed():
     def load(key):
         if key == 3:

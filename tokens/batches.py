@@ -64,7 +64,7 @@ class Batches:
         starts = self.data.val_blocks(self.settings.eval_sequences)
         start, stop = self.machine.ranks.slice(len(starts))
         for first, last in chunks(start, stop, size):
-            x, y = self._on_device(self.data.val_rows(starts[first:last]))
+            x, y = self._on_device(self._pinned(self.data.val_rows(starts[first:last])))
             filler = size - (last - first)
             if filler:
                 x = torch.cat((x, x[:1].expand(filler, -1)))
@@ -75,7 +75,7 @@ class Batches:
         """The random numbers, (2, hessian_batch_size, block_size), that draw the labels of update `step`."""
         generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
-        return torch.rand(shape, generator=generator).to(self.machine.device)
+        return self._pinned(torch.rand(shape, generator=generator)).to(self.machine.device, non_blocking=True)
 
     def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -85,8 +85,11 @@ class Batches:
 
     def _load(self, key: tuple[int, tuple[int, int]]) -> Tensor:
         step, (first, last) = key
-        rows = self.data.train_rows(self.settings.seed, step, self.settings.batch_size, first, last)
-        return rows.pin_memory() if self.machine.device.type == "cuda" else rows
+        return self._pinned(self.data.train_rows(self.settings.seed, step, self.settings.batch_size, first, last))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """In memory that CUDA copies from while the host goes on."""
+        return tensor.pin_memory() if self.machine.device.type == "cuda" else tensor
 
     def _on_device(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         # two bytes a token cross to the device, which widens them

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from run.errors import UserError
-from run.machine import Machine
+from run.machine import Machine, set_matmul_precision
 from run.settings import Settings
 from tokens.tokenizers import GPT2
 
 NOTES = [
     "nanoGPT's optimizer is AdamW and the released Sophia's is Sophia-G, whatever ours is",
-    "same: the number format and the compilation of ours; as_it_runs: float32, eager, as nanoGPT runs on a CPU",
+    "same: the number formats and the compilation of ours; as_it_runs: float32, eager, as nanoGPT runs on a CPU",
     "a peer's batch is on the device already, ours is read and copied",
     "all run under the same environment variables; on a CPU ours alone flushes denormals and has a fused AdamW",
     "the released Sophia estimates curvature on all sequences of a step, ours on hessian_batch_size of them",
@@ -39,7 +39,7 @@ def is_sophia(folder: Path) -> bool:
 
 def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool], None]:
     """The update of the peer's train script, on one batch, for our settings."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as both scripts have it
+    set_matmul_precision(settings, machine.device)
     for name in ("model", "sophia"):  # ours, which theirs would be taken for
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))

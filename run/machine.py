@@ -103,6 +103,11 @@ def has_compiler(device: torch.device) -> bool:
     return headers and any(shutil.which(name) for name in names if name)
 
 
+def set_matmul_precision(settings: Settings, device: torch.device) -> None:
+    if device.type == "cuda":  # PyTorch's switch is oneDNN's too, and would change what a CPU computes
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+
+
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
     device = find_device(settings.device)
@@ -111,6 +116,7 @@ def set_up(settings: Settings) -> Machine:
     dtype = find_dtype(settings.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    set_matmul_precision(settings, device)
     torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
     plain_attention = device.type == "cpu" and dtype == torch.bfloat16 and settings.block_size <= SHORT_CONTEXT
     # without this PyTorch computes plain attention in float32; the flag is not CUDA's alone, whatever its name says

@@ -88,6 +88,7 @@ class Settings:
     timeout: int = setting(600, "seconds that a rank waits for the others before it ends the run")
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
+    float32_matmul_precision: Literal["highest", "high", "medium"] = setting("high", "float32 on CUDA; high is TF32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
     seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature")
 

@@ -133,6 +133,16 @@ def test_refuses_an_impossible_description(checkpoint, refuses, tmp_path, change
     refuses("state.json is damaged", out_dir=tmp_path / "run", init_from="resume")
 
 
+def test_a_checkpoint_of_before_a_setting_existed_is_gone_on_with(checkpoint, train, tmp_path, capsys):
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    del state["settings"]["float32_matmul_precision"]
+    path.write_text(json.dumps(state))
+    reseal(path.parent)
+    assert train(tmp_path / "run", init_from="resume", max_iters=2)[-1]["step"] == 2
+    assert "another setting: float32_matmul_precision was None, is now 'high'" in capsys.readouterr().err
+
+
 def test_broken_metrics_are_an_error_that_names_their_line(train, tmp_path):
     train(tmp_path, max_iters=1)
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n{}\n{}\n")

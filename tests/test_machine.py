@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from run.machine import Machine
+from run.machine import Machine, set_matmul_precision
+from run.settings import read
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,17 @@ def test_the_peak_is_that_of_the_devices_model(monkeypatch, name, peak):
     cuda = torch.device("cuda", 0)
     assert Machine(cuda, torch.bfloat16, compile=False).peak_flops() == peak
     assert Machine(cuda, torch.float32, compile=False).peak_flops() is None
+
+
+def test_float32_products_are_rounded_on_cuda_and_nowhere_else():
+    assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        for device, options, expected in (
+            ("cpu", [], "highest"),
+            ("cuda", [], "high"),
+            ("cuda", ["--float32_matmul_precision=highest"], "highest"),
+        ):
+            set_matmul_precision(read(options), torch.device(device))
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,8 +1,9 @@
-"""Errors that are the user's to mend: one clear line and an exit code, never a traceback."""
+"""Errors that are the user's to mend: one clear line and an exit code, never a traceback. And those of the machine."""
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -77,6 +78,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def machine_at_fault(error: BaseException) -> str | None:
+    """What to say of an error that is the device's or torch.compile's, and what to try; None for any other."""
+    # by their words and modules, as cuBLAS and Triton raise plain RuntimeErrors, and many scripts import no torch
+    if any(word in str(error) for word in ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")):
+        return f"the device failed ({str(error):.200}): CUDA_LAUNCH_BLOCKING=1 shows at which operation"
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
+        return f"torch.compile failed ({str(error):.200}): --compile=False goes on without it"
+    return None
+
+
 def one_line(message: str) -> str:
     """The message with control characters escaped, and its middle left out if it is very long."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
@@ -92,16 +104,20 @@ def run(main: Callable[[], None]) -> None:
         if local_rank == "0" or isinstance(error, RankError):  # otherwise the machine's first rank says the same
             say(error if rank == "0" else f"rank {rank}: {error}")
         sys.exit(error.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # an error of this rank's device or compiler: its own message and traceback say most
-        say(f"rank {rank} ran out of memory ({str(error):.200}): lower micro_batch_size")
-        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         silence(sys.stdout)
         sys.exit(141)
+    except Exception as error:
+        if is_out_of_memory(error):
+            say(f"rank {rank} ran out of memory ({str(error):.200}): lower micro_batch_size")
+            sys.exit(UserError.exit_code)
+        if not (fault := machine_at_fault(error)):
+            raise
+        say(f"rank {rank}: {fault}")
+        traceback.print_exc()  # which says most
+        sys.exit(MachineError.exit_code)
 
 
 def say(error: UserError | str) -> None:

@@ -196,20 +196,54 @@ def test_a_bad_config_file_is_named_with_its_line(tmp_path, monkeypatch, text, c
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")])
-def test_out_of_memory_is_one_line(refused, error):
+def fail_with(error):
     def fail():
         raise error
 
-    assert "lower micro_batch_size" in refused(fail)
+    return fail
 
 
-def test_an_error_of_the_device_or_the_compiler_keeps_its_traceback():
-    def fail():
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")])
+def test_out_of_memory_is_one_line(refused, error):
+    assert "lower micro_batch_size" in refused(fail_with(error))
 
-    with pytest.raises(torch.AcceleratorError):
-        errors.run(fail)
+
+def compile_for_nothing():
+    """torch.compile where there is no compiler."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False}):
+        torch.compile(torch.sin)(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (
+            fail_with(torch.AcceleratorError("CUDA error: an illegal memory access\nand so on")),
+            "the device failed (CUDA error: an illegal memory access\\nand so on): CUDA_LAUNCH_BLOCKING=1",
+        ),
+        (
+            fail_with(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling…")),
+            "the device failed (CUDA",
+        ),
+        (fail_with(RuntimeError("Triton Error [CUDA]: an illegal instruction")), "the device failed (Triton Error"),
+        (compile_for_nothing, "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found in"),
+    ],
+    ids=["device", "cuBLAS", "a compiled kernel", "compiler"],
+)
+def test_an_error_of_the_device_or_the_compiler_is_named_before_its_traceback(capsys, main, line):
+    with pytest.raises(SystemExit) as stop:
+        errors.run(main)
+    assert stop.value.code == 4
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: rank 0: {line}")
+    assert ("--compile=False" in first) == (main is compile_for_nothing)
+    assert second == "Traceback (most recent call last):"
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="^a shape is wrong$"):
+        errors.run(fail_with(RuntimeError("a shape is wrong")))
 
 
 # Malformed cases, from end to end

@@ -100,20 +100,12 @@ class _Sophia(torch.optim.Optimizer):
             lr = group["lr"]
             # A compiled update takes lr as a 0-d tensor: a number would be baked in and compiled anew when it changes.
             lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu") if self._compile else float(lr)
-            groups.append(
-                (
-                    params,
-                    [param.grad for param in params],
-                    [state["exp_avg"] for state in states],
-                    [state["hessian"] for state in states],
-                    lr,
-                    group["betas"][0],
-                    group["rho"],
-                    group["weight_decay"],
-                    # in float16 the eps of float32 would be 0
-                    max(group["eps"], *(torch.finfo(param.dtype).tiny for param in params)),
-                )
-            )
+            grads = [param.grad for param in params]
+            exp_avgs, hessians = ([state[name] for state in states] for name in ("exp_avg", "hessian"))
+            # in float16 the eps of float32 would be 0
+            eps = max(group["eps"], *(torch.finfo(param.dtype).tiny for param in params))
+            numbers = lr, group["betas"][0], group["rho"], group["weight_decay"], eps
+            groups.append((params, grads, exp_avgs, hessians, *numbers))
         update = _compiled(_sophia_update) if self._compile else _sophia_update
         update(groups)
         return loss
@@ -123,12 +115,17 @@ class _Sophia(torch.optim.Optimizer):
         """The share of coordinates with |m| < rho * h, whose last update was not clipped. Waits for the device."""
         unclipped, total = 0, 0
         for group in self.param_groups:
-            for param in group["params"]:
-                if param in self.state:
-                    state = self.state[param]
-                    inside = (state["exp_avg"].abs() < group["rho"] * state["hessian"]).sum()
-                    unclipped += inside.full_tensor() if is_sharded(inside) else inside
-                    total += param.numel()
+            states = [self.state[param] for param in group["params"] if param in self.state]
+            if not states:
+                continue
+            excess = torch._foreach_abs([state["exp_avg"] for state in states])  # then |m| - rho * h, then -1 or 0
+            torch._foreach_add_(excess, [state["hessian"] for state in states], alpha=-group["rho"])
+            torch._foreach_sign_(excess)
+            torch._foreach_clamp_max_(excess, 0)
+            wide = torch.float32 if excess[0].device.type == "mps" else torch.float64  # which MPS lacks
+            count = torch.stack(torch._foreach_norm(excess, 1, dtype=wide)).sum()
+            unclipped += count.full_tensor() if is_sharded(count) else count
+            total += sum(each.numel() for each in excess)
         return float(unclipped) / max(total, 1)
 
 

@@ -7,6 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lion import Lion
 from sophia import SophiaG, SophiaH
@@ -72,8 +75,43 @@ def test_sophia_matches_a_float64_reference_over_50_steps(optimizer_class):
             assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
         inside = sum((np.abs(m) < 0.3 * h).sum() for m, h in zip(ms, hs, strict=True))
         unclipped.append(inside / sum(theta.size for theta in thetas))
-        assert optimizer.unclipped_fraction() == pytest.approx(unclipped[-1])
+        assert optimizer.unclipped_fraction() == unclipped[-1]
     assert 0.05 < np.mean(unclipped) < 0.95  # both branches of the clip were taken
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_unclipped_fraction_is_an_exact_count_over_groups_with_a_rho_each(dtype):
+    size = 2**24 + 4  # which float32 cannot tell from one less
+    large, small, unused = (torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (size, 6, 9))
+    optimizer = SophiaG([{"params": [large, unused], "rho": 0.5}, {"params": [small], "rho": 2.0}])
+    assert optimizer.unclipped_fraction() == 0
+    momentum, curvature = torch.ones(size, dtype=dtype), torch.full((size,), 4, dtype=dtype)
+    momentum[0] = 2  # as much as rho * h: at the edge, and so not below it
+    optimizer.state[large] = {"exp_avg": momentum, "hessian": curvature}
+    few = torch.tensor([[1, -1, -1, 0, 0, math.nan], [0.75, 0.75, 0.25, 0.25, -1, 1]], dtype=dtype)
+    optimizer.state[small] = {"exp_avg": few[0], "hessian": few[1]}
+    assert optimizer.unclipped_fraction() == (size - 1 + 3) / (size + 6)
+
+
+def fraction_of_shards(rank, folder):
+    """On two ranks, of which the first has two rows of three, the only row of one, and all rows of the last."""
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    placements = [Shard(0), Shard(0), Replicate()]
+    values = torch.tensor([[3.0, -1.0, 1.0], [0.0, 1.0, 4.0]])  # momentum, curvature
+    params = []
+    for rows, placement in zip((3, 1, 2), placements, strict=True):
+        params.append(torch.nn.Parameter(distribute_tensor(torch.zeros(rows, 3), mesh, [placement])))
+    optimizer = SophiaG(params, rho=0.5)
+    for param, placement in zip(params, placements, strict=True):
+        m, h = (distribute_tensor(value.expand(len(param), 3).contiguous(), mesh, [placement]) for value in values)
+        optimizer.state[param] = {"exp_avg": m, "hessian": h}
+    assert optimizer.unclipped_fraction() == 1 / 3, optimizer.unclipped_fraction()
+    dist.destroy_process_group()
+
+
+def test_the_unclipped_fraction_of_sharded_parameters_counts_every_coordinate_once(tmp_path):
+    torch.multiprocessing.spawn(fraction_of_shards, (tmp_path,), nprocs=2)
 
 
 def test_lion_matches_a_float64_reference_over_50_steps():

@@ -132,7 +132,7 @@ def train(
     with (
         Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
         CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,
-        StopSignals(machine.note) as signals,
+        StopSignals(machine.ranks, machine.note) as signals,
         machine.ranks.naming_lost_ranks(),
     ):
         parallel.form_buckets(settings.micro_batch_size)
@@ -145,7 +145,7 @@ def train(
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
             meter.add(update(step, parallel, optimizer, batches, curvature, writer))
-            stopping = machine.ranks.any(signals.asked is not None)
+            stopping = signals.stop()
             evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
             logging = step % settings.log_interval == 0 or evaluating
             if not (logging or stopping):

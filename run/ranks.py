@@ -6,7 +6,8 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from run.errors import MachineError
+from run.errors import MachineError, say
 from run.roll_call import meet, missing_ranks
 
 ROLL_CALL_SECONDS = 10  # the last part of the time-out, of which it is half at most
+LAST_SECONDS = 60  # for the main thread, and a checkpoint that is being written, when a rank is lost
 
 
 def environment() -> tuple[int, int]:
@@ -73,13 +75,23 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. The hosts exchange it: it does not wait for their devices."""
-        if self.count == 1:
-            return flag
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask all hosts, not their devices, whether any says so; what is returned waits for the answer."""
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+        work.get_future().add_done_callback(self._end_if_stuck)
+        return lambda: work.wait() and bool(flags)
+
+    def _end_if_stuck(self, exchange: torch.futures.Future) -> None:
+        # In a thread of gloo's, after an exchange. If it failed, the main thread may not learn of it, as it waits for a
+        # device, which waits for the lost rank. Then the process ends here.
+        try:
+            exchange.wait()
+        except RuntimeError as error:
+            message = f"rank {self.rank}: {self._who_is_missing()} ({one_cause(error)})"
+            time.sleep(LAST_SECONDS)
+            say(message)
+            os._exit(MachineError.exit_code)
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
@@ -92,10 +104,10 @@ class Ranks:
         except RuntimeError as error:
             if not is_of_an_exchange(error):
                 raise  # an error of this rank's own device or compiler keeps its message
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, having noticed too, need not wait for the answer
             raise MachineError(f"{self._who_is_missing()} ({one_cause(error)})") from error
 
     def _who_is_missing(self) -> str:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, having noticed too, need not wait for the answer
         missing = missing_ranks(self.store, self.rank, self.count, self.roll_call_seconds)
         if self.rank in missing:
             return "the host that keeps the rendezvous cannot be reached"

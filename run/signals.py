@@ -5,6 +5,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+from run.ranks import Ranks
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -14,9 +16,21 @@ class StopSignals:
     names the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
-        self.note = note  # shows a line
+        self.ranks, self.note = ranks, note  # which shows a line
+        self._answer: Callable[[], bool] = lambda: False  # of all ranks, at the step before
+
+    def stop(self) -> bool:
+        """Whether to stop after this step, the same on all ranks, which ask after each."""
+        # Several ranks learn of a signal one step late, so that none of them waits for the others.
+        asked = self.asked is not None
+        if self.ranks.count == 1:
+            return asked
+        if self._answer():
+            return True
+        self._answer = self.ranks.begin_any(asked)
+        return False
 
     def __enter__(self) -> "StopSignals":
         # one that is ignored stays so, as SIGHUP under nohup
@@ -24,7 +38,9 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if not kind:
+            self._answer()  # no exchange is left behind
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,9 @@
 """Several ranks under torchrun: the same run on any number of them, and what becomes of it when one fails."""
 
+import os
 import shutil
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 import train as script
 from model import GPT, GPTConfig
-from run import errors
+from run import errors, ranks
 from run.machine import Machine
 from run.ranks import Ranks
 from run.roll_call import meet
@@ -76,6 +78,14 @@ def test_a_run_goes_on_with_other_ranks(folder, three_ranks, train, tmp_path):
     assert difference(rest, train(**settings | {"out_dir": tmp_path}), "train/loss") < BOUND
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_next_step(folder):
+    run = settings_of(folder, "adamw", 2) | {"out_dir": folder / "signal", "log_interval": 5}
+    done = torchrun(2, run, fault="signal")
+    assert "a signal to another rank: stopped after step 4, whose checkpoint is written" in done.stderr
+    assert "exitcode  : 75" in done.stderr
+    assert last_checkpoint(folder / "signal").name == "step_00000004"
+
+
 # Faults
 
 
@@ -110,6 +120,30 @@ def rank_0():
     before = signal.getsignal(signal.SIGTERM)
     yield Ranks(0, 2, ("a", "b"), dist.HashStore(), roll_call_seconds=0.3)
     signal.signal(signal.SIGTERM, before)
+
+
+def lose_a_rank(rank, folder):
+    """Two ranks, of which one dies, and the other waits for something that it would have done."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    member = Ranks(rank, 2, ("a", "b"), store, roll_call_seconds=0.5)
+    assert member.begin_any(rank == 1)()
+    store.set(f"{rank} knows", "")
+    store.wait(["0 knows", "1 knows"])
+    if rank == 0:
+        ranks.LAST_SECONDS = 0
+        sys.stderr = open(f"{folder}/said", "w")  # noqa: SIM115 - until the process ends
+        member.begin_any(False)
+        threading.Event().wait()
+    os._exit(0)
+
+
+def test_a_rank_that_waits_for_a_lost_one_names_it_and_ends(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as ended:
+        torch.multiprocessing.spawn(lose_a_rank, (tmp_path,), nprocs=2)
+    assert ended.value.exit_code == 4
+    line = (tmp_path / "said").read_text()
+    assert line.startswith("error: rank 0: of 2 ranks, rank 1 on b did not answer: hanging, dead or cut off (")
 
 
 GLOO = "[/torch/gloo/transport/tcp/pair.cc:547] Connection closed by peer"

@@ -17,11 +17,11 @@ from run import errors, ranks
 from tests.conftest import arguments
 
 STEP = 3  # in which the fault happens
-FAULTS = ("none", "hang", "nan")
+FAULTS = ("none", "hang", "nan", "signal")
 
 
 def with_fault(fault: str):
-    """train.accumulate_gradients on a rank that hangs, or whose own gradient is not a number."""
+    """train.accumulate_gradients on a rank that hangs, whose own gradient is not a number, or that is asked to stop."""
     correct = train.accumulate_gradients
 
     def accumulate_gradients(step, model, batches):
@@ -30,6 +30,9 @@ def with_fault(fault: str):
         if fault == "hang":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds for it
             time.sleep(3600)
+        if fault == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return correct(step, model, batches)
         handle = next(model.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
         try:
             return correct(step, model, batches)
@@ -54,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as stop:
+        ranks.leave(stop.code)

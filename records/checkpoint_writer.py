@@ -54,8 +54,11 @@ class CheckpointWriter:
         }
         self.complaint: str | None = None  # why the last checkpoint could not be written
         self._thread = ThreadPoolExecutor(1)
-        self._copied = threading.Event()
-        self._copied.set()
+        self._cuda = machine.device.type == "cuda"
+        self._streams = torch.cuda if self._cuda else torch.cpu  # whose streams and events do nothing
+        self._stream, self._ready, self._copied = self._streams.Stream(), self._streams.Event(), self._streams.Event()
+        self._asked_for = threading.Event()  # the copies
+        self._asked_for.set()
         self._written: Future | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
 
@@ -72,14 +75,17 @@ class CheckpointWriter:
             # here and not in the thread, because a Hutchinson pass puts other tensors in the parameters' places
             weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             state = state_by_name(self.model, self.optimizer)
-            self._copied.clear()
+            self._ready.record()
+            self._asked_for.clear()
             self._written = self._thread.submit(self._copy_and_write, dataclasses.replace(progress), weights, state)
 
     def wait_for_copies(self) -> None:
-        self._copied.wait()
+        self._asked_for.wait()
+        self._copied.wait()  # a GPU waits, not the host
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun is on the disk, or has failed with a warning and a `complaint`."""
+        # Even if a rank is lost: the copies wait for no exchange, as the loop had the step's losses when they began.
         if self._written:
             self.complaint = self._written.result()
             self._written = None
@@ -94,10 +100,14 @@ class CheckpointWriter:
     def _copy_and_write(self, progress: Progress, weights: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
         try:
             try:
-                self._copy("model.safetensors", weights)
-                self._copy("optimizer.safetensors", state)
+                with self._streams.stream(self._stream):
+                    self._ready.wait()
+                    self._copy("model.safetensors", weights)
+                    self._copy("optimizer.safetensors", state)
+                    self._copied.record()
             finally:
-                self._copied.set()
+                self._asked_for.set()
+            self._copied.synchronize()
             description = {"progress": dataclasses.asdict(progress)} | self.description
             write(self.out_dir, progress.step, self._copies, description)
         except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
@@ -116,9 +126,8 @@ class CheckpointWriter:
         copies = self._copies.setdefault(file, {})
         for name, tensor in tensors.items():
             if name not in copies:
-                pinned = self.machine.device.type == "cuda"
-                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-            copies[name].copy_(tensor)
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._cuda)
+            copies[name].copy_(tensor, non_blocking=self._cuda)
 
 
 def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:

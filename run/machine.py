@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 from tqdm import tqdm
@@ -121,6 +122,9 @@ def set_up(settings: Settings) -> Machine:
     plain_attention = device.type == "cpu" and dtype == torch.bfloat16 and settings.block_size <= SHORT_CONTEXT
     # without this PyTorch computes plain attention in float32; the flag is not CUDA's alone, whatever its name says
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
+    # otherwise attention that is compiled and checkpointed draws its dropout on CUDA from generators of its own, which
+    # torch.manual_seed does not reach (torch 2.13): a resumed run would draw other masks
+    torch._functorch.config.graphsafe_rng_functionalization = False
     machine = Machine(
         device=device,
         dtype=dtype,

@@ -10,6 +10,7 @@ import torch
 
 from records import checkpoints
 from run import errors
+from run.machine import has_compiler
 from run.settings import ROOT
 from tokens.tokenizers import GPT2
 
@@ -27,6 +28,9 @@ OPTIMIZERS = {
     "sophiag": {"optimizer": "sophiag"},
     "sophiag-averaged": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_group_size": 2},
 }
+
+needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no compiler here")
+COMPILERS = [False, pytest.param(True, marks=needs_compiler)]
 
 
 def write_dataset(folder, train, val, **meta):

@@ -13,11 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import head as head_file
 from head import ChunkLoss, mean_in_chunks
 from model import GPT, GPTConfig
-from run.machine import Machine, has_compiler
+from run.machine import Machine
 from sophia import hutchinson, labels_from_uniforms
+from tests.conftest import COMPILERS
 
-needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no compiler here")
-COMPILERS = [False, pytest.param(True, marks=needs_compiler)]
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
 SHALLOW = replace(TINY, n_layer=1)
 
@@ -173,6 +172,28 @@ def test_a_copy_of_a_compiled_model_is_one_of_its_own(head):
     with torch.no_grad():
         model.wte.weight.zero_()
     assert all(twin(idx, targets) == before for twin in copies)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("compile", COMPILERS)
+def test_activations_that_are_computed_again_have_the_dropout_of_the_first_time(compile):
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, dropout=0.3)).double()
+    idx, targets = torch.randint(64, (2, 2, 16))
+    torch.compiler.reset()
+    if compile:
+        model.compile()
+
+    def two_micro_batches():
+        torch.manual_seed(1)
+        return [gradients(model(idx, targets), model) for _ in range(2)]
+
+    kept = two_micro_batches()
+    assert not torch.allclose(*kept)  # the masks are others
+    model.h.checkpoint_activations = True
+    torch.testing.assert_close(two_micro_batches(), kept, rtol=1e-10, atol=1e-12)
 
 
 # Attention

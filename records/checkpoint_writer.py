@@ -72,7 +72,6 @@ class CheckpointWriter:
         """Start with the checkpoint of a step. Waits for the one before to be written."""
         self.finish()
         if self.machine.ranks.is_main:
-            # here and not in the thread, because a Hutchinson pass puts other tensors in the parameters' places
             weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             state = state_by_name(self.model, self.optimizer)
             self._ready.record()

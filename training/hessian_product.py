@@ -52,6 +52,7 @@ class HessianProduct:
         idx, targets: (B, T) integers; a target of -1 is left out.
         """
         model, weights = self.model, dict(self.model.named_parameters())
+        u = {name: u[name] for name in weights}  # in their order
 
         def embed(weights: Named) -> Tensor:
             return F.embedding(idx, weights["wte.weight"]) + weights["wpe.weight"][: idx.shape[1]]

@@ -1,0 +1,84 @@
+"""What needs a GPU: CUDA's losses beside the CPU's, compiled beside eager, two cards beside one, resuming bit for bit;
+and tests of the rest of the suite, imported here to run on CUDA.
+
+`make gpu-check` runs it. With TEST_DEVICE=cpu the same lines run on a CPU.
+"""
+
+import functools
+import os
+import shutil
+
+import pytest
+import torch
+
+from run.machine import has_compiler
+from sophia import normal_like
+from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
+from tests.stress.compare_ranks import difference, settings_of, torchrun
+from tests.test_checkpoints import (  # noqa: F401
+    test_a_checkpoint_holds_the_weights_and_the_state_of_its_step_however_slow_the_copies,
+)
+from tests.test_train import test_bfloat16_and_compile_agree_with_plain_float32  # noqa: F401
+from training import curvature
+
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+ON_DEVICE = {"device": DEVICE, "float32_matmul_precision": "highest"}
+SMALL = {"n_embd": 64, "block_size": 64, "warmup_iters": 0}
+# Nats, between the losses of 20 steps. On a CPU another micro-batch or torch.compile makes 1e-6, bfloat16 2e-4.
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def train(train):
+    """The suite's, on the device."""
+    return functools.partial(train, **ON_DEVICE)
+
+
+def check_agreement(left, right):
+    for key in ("train/loss", "val/loss"):
+        assert difference(left, right, key) < TOLERANCE, key
+    assert left[1]["train/loss"] - left[20]["train/loss"] > 0.01  # it learnt something to disagree about
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_cuda_gives_the_losses_of_the_cpu(train, tmp_path, monkeypatch, optimizer):
+    def drawn_on_the_cpu(params, generator):  # the generators of CUDA and of the CPU draw other numbers for one seed
+        return normal_like(params, torch.Generator().manual_seed(generator.initial_seed()))
+
+    monkeypatch.setattr(curvature, "normal_like", drawn_on_the_cpu)
+    options = SMALL | OPTIMIZERS[optimizer]
+    check_agreement(train(tmp_path / "cpu", **options, device="cpu"), train(tmp_path / "device", **options))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_compiled_model_gives_the_losses_of_the_eager_one(train, tmp_path, optimizer):
+    assert has_compiler(torch.device(DEVICE)), "torch.compile lacks a C++ compiler, Python's headers or Triton"
+    torch.compiler.reset()
+    options = SMALL | OPTIMIZERS[optimizer] | {"n_layer": 1}
+    eager, compiled = (train(tmp_path / str(compile), **options, compile=compile) for compile in (False, True))
+    check_agreement(eager, compiled)
+    assert without_timings(eager) != without_timings(compiled)  # compiled code rounds in other places
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
+    options = SMALL | OPTIMIZERS[optimizer] | {"dropout": 0.1}
+    whole, again, parts = (tmp_path / name for name in ("whole", "again", "parts"))
+    rows = train(whole, **options)
+    train(again, **options)
+    assert same_weights(last_checkpoint(whole), last_checkpoint(again)), "two runs differ: kernels without fixed order"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(last_checkpoint(parts))  # back to step 10
+    assert without_timings(train(parts, **options, init_from="resume")) == without_timings(rows)
+    assert same_weights(last_checkpoint(whole), last_checkpoint(parts))
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() == 1, reason="only one CUDA device")
+def test_two_ranks_give_the_losses_of_one(train, tmp_path):
+    text_dataset(tmp_path / "data")
+    done = torchrun(2, *(settings_of(tmp_path, name, 2) | ON_DEVICE for name in OPTIMIZERS))
+    assert done.returncode == 0, done.stderr
+    for name in OPTIMIZERS:
+        check_agreement(train(**settings_of(tmp_path, name, 1) | ON_DEVICE), rows_of(tmp_path / f"{name}-2"))

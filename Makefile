@@ -1,5 +1,6 @@
 # make quickstart   train a small GPT with Sophia-G on text that every Python has, and show what it learnt
 # make test         run every test
+# make gpu-check    on a GPU: the tests that need one, then the speed of every optimizer
 # make format       format and lint the sources
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ OUT := out/quickstart
 # glibc keeps freed memory for the next step, which is faster on a CPU (docs/running.md)
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: quickstart test format
+.PHONY: quickstart test gpu-check format
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
@@ -36,6 +37,9 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+gpu-check: .venv/test
+	$(BIN)/python -m benchmarks.gpu_check
 
 format: .venv/test
 	$(BIN)/ruff format .

@@ -10,9 +10,8 @@ Other arguments are config files and settings, as train.py takes them; batch_siz
 import json
 from pathlib import Path
 
-import torch
-
 from benchmarks import curvature, step
+from benchmarks.common import describe
 from run import errors
 from run.machine import set_up
 from run.settings import read
@@ -35,8 +34,7 @@ def main() -> None:
     check_batch(settings, ranks=1)
     machine = set_up(settings)
     result = BENCHMARKS[options.benchmark](options, settings, machine)
-    name = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else machine.device.type
-    result |= {"device": name, "dtype": str(machine.dtype)[6:], "compile": machine.compile, "rounds": options.rounds}
+    result |= describe(machine) | {"rounds": options.rounds}
     print(json.dumps(result, indent=None if options.json else 4))
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils import collect_env
 
+from run.machine import Machine
 from run.settings import Settings
 from tokens.token_files import TokenData, Tokens
 from tokens.tokenizers import GPT2
@@ -55,3 +57,16 @@ def random_tokens(settings: Settings) -> TokenData:
     ids = np.random.default_rng(0).integers(GPT2.vocab_size, size=100 * settings.block_size + 1, dtype=np.uint16)
     tokens = Tokens([ids], "random tokens")
     return TokenData(Path(), GPT2.name, GPT2.vocab_size, tokens, tokens, settings.block_size, has_meta=True)
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """What figures were taken on, and with."""
+    cuda = machine.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(machine.device) if cuda else machine.device.type,
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "dtype": str(machine.dtype)[6:],
+        "compile": machine.compile,
+    }

@@ -85,11 +85,14 @@ def train(options: Namespace, settings: Settings, machine: Machine) -> dict[str,
             build = peers.step, settings, theirs, folder
             contenders.append(Contender(name, machine.device, peers.is_sophia(folder), *build))
     rate = matmul_rate(machine, options.rounds)
-    steps = {(c, due): functools.partial(c.step, due) for c in contenders for due in sorted({False, c.estimates})}
+    # a step with an estimate comes first, as in a run
+    dues = [(c, due) for c in contenders for due in sorted({c.estimates, False}, reverse=True)]
+    steps = {(c, due): functools.partial(c.step, due) for c, due in dues}
     measured = alternate(steps, options.rounds)
     tokens = settings.batch_size * settings.block_size
     with torch.device("meta"):
         flops = tokens * GPT(shape_of(settings, random_tokens(settings), None)).flops_per_token()
+    peak_flops = machine.peak_flops()
     result = {"tokens_per_step": tokens, "matmul_flops_per_second": rate}
     for contender in contenders:
         name, (seconds, peak) = contender.name, measured[contender, contender.estimates]
@@ -97,9 +100,11 @@ def train(options: Namespace, settings: Settings, machine: Machine) -> dict[str,
             plain = measured[contender, False].seconds
             result |= {f"seconds_plain_{name}": plain, f"seconds_with_estimate_{name}": seconds}
             seconds = plain + (seconds - plain) / settings.hessian_interval
+            result[f"curvature_share_{name}"] = 1 - plain / seconds
         result |= {
             f"seconds_{name}": seconds,
             f"tokens_per_second_{name}": tokens / seconds,
+            f"mfu_{name}": peak_flops and flops / seconds / peak_flops,
             f"mfu_of_matmul_rate_{name}": flops / seconds / rate,
             f"peak_bytes_{name}": peak,
             f"seconds_to_first_step_{name}": contender.seconds_to_first_step,

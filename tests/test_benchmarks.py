@@ -1,10 +1,13 @@
 """python -m benchmarks: the speed of training beside other projects, where its time goes, and what Sophia costs."""
 
 import json
+import re
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import gpu_check
 from tests.conftest import arguments
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
@@ -71,7 +74,9 @@ def test_train_compares_our_step_with_a_peers(call, peer, tmp_path):
         )
         assert result[f"tokens_per_second_{name}"] == pytest.approx(2 * 8 / seconds)
         assert result[f"seconds_to_first_step_{name}"] > seconds
+        assert result[f"curvature_share_{name}"] == 1 - result[f"seconds_plain_{name}"] / seconds
         assert 0 < result[f"mfu_of_matmul_rate_{name}"] < 1
+        assert result[f"mfu_{name}"] is None  # a CPU has no data-sheet peak here
         if name != "ours":
             assert result[f"speed_over_{name}"] == seconds / result["seconds_ours"]
     assert not (tmp_path / "out").exists()
@@ -104,6 +109,54 @@ def test_curvature_compares_passes_and_updates(call):
     adamw, sophia = (120 * seconds["train"] + seconds[f"update_{name}"] for name in ("adamw", "sophiag"))
     estimate = 60 * seconds["gnb"] + seconds["update_hessian"]
     assert result["overhead_gnb_240"] == pytest.approx((sophia + estimate / 10) / adamw - 1)
+
+
+@pytest.fixture
+def check(call, monkeypatch, tmp_path):
+    """check(runs, tests) is gpu_check on the CPU, with a tiny model and those tests of tests/test_gpu.py alone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sizes = arguments(**SHAPE, batch_size=4, hessian_batch_size=4, compile=False, device="cpu", out_dir=tmp_path)
+
+    def run(runs, tests):
+        monkeypatch.setattr(gpu_check, "RUNS", runs)
+        monkeypatch.setenv("PYTEST_ADDOPTS", f"-k '{tests}'")
+        return call(gpu_check, *sizes)
+
+    return run
+
+
+def test_gpu_check_prints_one_screen_and_keeps_its_figures(check, tmp_path):
+    runs = {name: gpu_check.RUNS[name] for name in ("adamw", "sophiah")}
+    printed = check(runs, "adamw and (cuda_gives or resumed)").splitlines()
+    assert printed[-1] == str(tmp_path / "gpu_check.json")
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert report["device"] == "cpu"
+    assert f"--out_dir={tmp_path}" in report["command"]
+    assert report["tests_passed"]
+    assert report["tests"].startswith("2 passed")
+    names = [name for name in report if name != "optimizers"]
+    assert [line.split()[0] for line in printed[-4 - len(names) : -4]] == names
+    adamw, sophiah = report["optimizers"].values()
+    assert [line.split() for line in printed[-4:-1]] == [
+        list(adamw), ["adamw", *map(str, adamw.values())], ["sophiah", *map(str, sophiah.values())]
+    ]  # fmt: skip
+    assert adamw["tokens_per_s"] > 0
+    assert adamw["curvature"] == 0 < sophiah["curvature"] < 1
+
+
+def test_gpu_check_tells_what_failed(check, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check({"lion": [*gpu_check.RUNS["lion"], "--init_from=nowhere"]}, "no_such_test")
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^tests_passed +False$", printed, re.MULTILINE)
+    assert "FAILED: the step of ours failed: UserError: init_from = 'nowhere': must be" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device")
+def test_gpu_check_without_a_gpu_does_nothing(call, refused, tmp_path):
+    assert "this machine has no CUDA device" in refused(lambda: call(gpu_check, "--out_dir", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

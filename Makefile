@@ -24,6 +24,13 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# what the tests of CUDA need, unless PyTorch brought it; a CPU build does not expect it in the environment itself
+.venv/triton: requirements-triton.txt | .venv/test
+	rm -rf $@
+	$(BIN)/python -c "import triton" 2> /dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $< \
+		|| echo "Triton cannot be installed here: the tests of CUDA are skipped"
+
 data/stdlib/meta.json: data/stdlib/prepare.py .venv/quickstart
 	$(BIN)/python data/stdlib/prepare.py --overwrite
 
@@ -33,7 +40,7 @@ quickstart: .venv/quickstart data/stdlib/meta.json
 	$(BIN)/python sample.py --out_dir=$(OUT) --start="def " --max_new_tokens=600
 	$(BIN)/python plot.py $(OUT) -o $(OUT)/curves.png
 
-test: .venv/test
+test: .venv/test .venv/triton
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q

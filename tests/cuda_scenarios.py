@@ -1,63 +1,237 @@
-"""What training would do on one H100, on tests/fake_cuda.py's device that is not there.
+"""What training would do on one H100, on the device of tests/fake_cuda.py, which is not there.
 
     python -m tests.cuda_scenarios passes [CONFIG.py …] [--name=value …]
 
-prints, as one JSON object, what one micro-batch of training takes and, with Sophia, one pass for curvature: bytes of
-memory, bytes that Triton's kernels move, calls of libraries. Settings are train.py's. Bytes are linear in n_layer, so
-that two small numbers of layers give those of any other.
+prints, as JSON, what a micro-batch of training takes, an update of the optimizer and, with Sophia, an estimate of
+curvature: bytes of memory, bytes that Triton's kernels move, calls of library functions. Settings are train.py's. From
+two layers on the bytes are linear in n_layer, so that n_layer = 2 and 3 give those of any other. `measure_passes` is
+the same for other code; the tests' own scenarios are `run` and `self_check`.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+import types
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from tests import fake_cuda  # isort: skip - before torch
 
+import torch
+from torch._dynamo.utils import counters
+
+import sample
+import train
 from benchmarks.common import random_tokens
+from records import checkpoint_writer
 from run.machine import set_up
-from run.settings import Settings, complete, read
+from run.settings import Settings, read
+from tests.conftest import OPTIMIZERS, TINY, arguments, text_dataset
 from tokens.batches import Batches
-from train import accumulate_gradients
 from training.curvature import Curvature
+from training.meter import StepResult
 from training.optimizers import make_optimizer, parameters
 from training.parallel import DataParallel
 from training.start import make_model
 
+UPDATE = train.update
+STEPS = 12
+RUN = TINY | {
+    "n_embd": 64, "block_size": 64, "max_iters": STEPS, "eval_interval": 6, "log_interval": 3, "device": "cuda",
+    "dtype": "auto", "compile": True,
+}  # fmt: skip
 
-def passes(arguments: list[str]) -> dict[str, Any]:
-    settings = read([*arguments, "--device=cuda"])
+
+def passes(settings: list[str]) -> dict[str, Any]:
     with fake_cuda.Gpu() as gpu:
-        return {name: usage | vars(usage.pop("usage")) for name, usage in measure_passes(gpu, settings).items()}
+        return {name: vars(usage) for name, usage in measure_passes(gpu, read([*settings, "--device=cuda"])).items()}
 
 
-def measure_passes(gpu: fake_cuda.Gpu, settings: Settings) -> dict[str, dict[str, Any]]:
-    """{"training": {"sequences": …, "usage": …}} of one micro-batch, gradients and the optimizer's state being there
-    already; with Sophia also "curvature", of an estimate from as many sequences, and its update of the state.
+def measure_passes(gpu: fake_cuda.Gpu, settings: Settings) -> dict[str, fake_cuda.Usage]:
+    """What is taken by "training", one micro-batch; "update", one of the optimizer; and, with Sophia, "curvature", an
+    estimate from as many sequences (in whole groups) and the update of its average. The optimizer's state is there
+    already; so are the gradients, but not during the estimate.
     """
     size = settings.micro_batch_size
-    group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
-    sequences = max(size // group, 1) * group  # of the estimate
-    settings = complete(dataclasses.replace(settings, batch_size=size, hessian_batch_size=min(size, sequences)))
+    settings = dataclasses.replace(settings, batch_size=size)
     machine, data = set_up(settings), random_tokens(settings)
     model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
     parallel, optimizer = DataParallel(model, machine), make_optimizer(model, settings, machine)
-    accumulate_gradients(1, parallel, batches)
+    train.accumulate_gradients(1, parallel, batches)
     optimizer.step()
-    with gpu.measuring() as usage:
-        accumulate_gradients(2, parallel, batches)
-    measured = {"training": {"sequences": size, "usage": usage}}
+    usages = {}
+    with gpu.measuring() as usages["training"]:
+        train.accumulate_gradients(2, parallel, batches)
+    with gpu.measuring() as usages["update"]:
+        optimizer.step()
     optimizer.zero_grad()
     if settings.uses_curvature:
-        settings = dataclasses.replace(settings, batch_size=size * group, hessian_batch_size=sequences)
+        group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
+        sequences = max(size // group, 1) * group
+        settings = dataclasses.replace(settings, batch_size=sequences, hessian_batch_size=sequences)
         curvature = Curvature(model, settings, machine, Batches(data, settings, machine))
-        with gpu.measuring() as usage:
+        with gpu.measuring() as usages["curvature"]:
             optimizer.update_hessian(curvature.estimate(1, parameters(optimizer)))
-        measured["curvature"] = {"sequences": sequences, "usage": usage}
-    return measured
+    return usages
 
 
-SCENARIOS = {"passes": passes}
+def run(folder: str, *names: str) -> dict[str, Any]:
+    """For each of these optimizers a run of train.py, text from its checkpoint, and two more steps not compiled."""
+    dataset = text_dataset(Path(folder, "data"))
+    checkpoint_writer.ThreadPoolExecutor = SameThread
+    results = {}
+    for name in names:
+        out_dir = Path(folder, name)
+        layers = 2 if name == "adamw" else 1  # compiling a second one takes time, and shows the same each time
+        options = {"dataset": dataset, "out_dir": out_dir, "n_layer": layers} | OPTIMIZERS[name]
+        command = arguments(**RUN | options)
+        torch.compiler.reset()
+        counters.clear()
+        with fake_cuda.Gpu() as gpu:
+            result = {"live_bytes": {}, "updates": []}
+            train.update = watched_update(gpu, result)
+            call(train, command)
+            result |= {"waits": gpu.waits, "graphs": [(graph.name, graph.step) for graph in gpu.graphs]}
+            gpu.waits = []
+            call(sample, arguments(out_dir=out_dir, device="cuda", max_new_tokens=3, top_k=5, start="a"))
+            result["waits_of_sampling"] = gpu.waits
+            gpu.waits = []
+            call(train, [*command, "--init_from=resume", f"--max_iters={STEPS + 2}", "--compile=False"])
+            result["waits_of_eager_steps"] = gpu.waits
+        result["graph_breaks"] = dict(counters["graph_break"])
+        result["rows"] = [json.loads(row)["step"] for row in (out_dir / "metrics.jsonl").read_text().splitlines()]
+        results[name] = result
+    return results
+
+
+def call(script: types.ModuleType, command: list[str]) -> None:
+    sys.argv = [script.__file__, *command]
+    script.main()
+
+
+def watched_update(gpu: fake_cuda.Gpu, result: dict[str, Any]) -> Callable:
+    """train.update, which tells the device of its step and notes what it finds."""
+
+    def update(step: int, model: DataParallel, optimizer: torch.optim.Optimizer, *rest: Any) -> StepResult:
+        gpu.step = step
+        result["live_bytes"][step] = gpu.live_bytes  # before it
+        if step == STEPS:
+            measuring = gpu.measuring()
+            optimizer.register_step_pre_hook(lambda *_: result["updates"].append(vars(measuring.__enter__())))
+            optimizer.register_step_post_hook(lambda *_: measuring.__exit__(None, None, None))
+        return UPDATE(step, model, optimizer, *rest)
+
+    return update
+
+
+class SameThread:
+    """A ThreadPoolExecutor that does all at once: fake tensors are for one thread."""
+
+    def __init__(self, _: int):
+        pass
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        future: Future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def self_check() -> dict[str, Any]:
+    """What the device says of small programs about which it is known."""
+    with fake_cuda.Gpu() as gpu:
+        return {"waits": check_waits(gpu), "graphs": check_graphs(gpu), "mib": check_memory(gpu)}
+
+
+def check_waits(gpu: fake_cuda.Gpu) -> dict[str, int]:
+    """How often each of these waits."""
+    x, host, pinned = torch.ones(4, device="cuda"), torch.ones(4), torch.ones(4).pin_memory()
+    programs = {
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool((x > 0).all()),
+        "tolist": lambda: x.tolist(),
+        "cpu": lambda: x.cpu(),
+        "cpu, non_blocking": lambda: x.to("cpu", non_blocking=True),
+        "copy_ to the host": lambda: host.copy_(x),
+        "copy_ to pinned memory, non_blocking": lambda: pinned.copy_(x, non_blocking=True),
+        "from the host": lambda: host.to("cuda"),
+        "from the host, non_blocking": lambda: host.to("cuda", non_blocking=True),
+        "from pinned memory": lambda: pinned.to("cuda"),
+        "from pinned memory, non_blocking": lambda: pinned.to("cuda", non_blocking=True),
+        "made on the device": lambda: torch.zeros(4, device="cuda") + x * 2,
+        "torch.tensor": lambda: torch.tensor([1, 2], device="cuda"),
+        "nonzero": lambda: (x > 0).nonzero(),
+        "host and device": lambda: x + host,
+    }
+    counts = {}
+    for name, program in programs.items():
+        gpu.waits = []
+        try:
+            program()
+            counts[name] = len(gpu.waits)
+        except Exception as error:
+            counts[name] = type(error).__name__
+    return counts
+
+
+def check_graphs(gpu: fake_cuda.Gpu) -> dict[str, Any]:
+    """A function that breaks its graph, and is called with two shapes."""
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        print("a line", file=sys.stderr)
+        return x.cos()
+
+    counters.clear()
+    compiled = torch.compile(broken, dynamic=False)
+    steps = []
+    for gpu.step, count in enumerate((4, 4, 8)):
+        compiled(torch.ones(count, device="cuda"))
+        steps.append(len(gpu.graphs))
+    return {
+        "after each call": steps,
+        "step of the last": gpu.graphs[-1].step,
+        "breaks": counters["graph_break"].total(),
+    }
+
+
+def check_memory(gpu: fake_cuda.Gpu) -> dict[str, Any]:
+    """MiB that two programs on tensors of 1 MiB take at most, forward and backward, their own in- and outputs included;
+    and MiB that their kernels move.
+    """
+    weight = torch.ones(512, 512, device="cuda", requires_grad=True)
+
+    def pointwise(x: torch.Tensor) -> torch.Tensor:
+        return (x.exp() - x.sin()).exp()
+
+    def products(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight @ weight @ weight
+
+    mib = {}
+    for function in (pointwise, products):
+        for mode, called in (("eager", function), ("compiled", torch.compile(function, dynamic=False))):
+            x, gradient = (torch.ones(512, 512, device="cuda", requires_grad=True) for _ in range(2))
+            weight.grad = None
+            with gpu.measuring() as forward:
+                y = called(x)
+            with gpu.measuring() as backward:
+                y.backward(gradient)
+            moved = forward.bytes_moved + backward.bytes_moved
+            bytes_ = (forward.peak_bytes, backward.peak_bytes, gpu.live_bytes, moved)
+            mib[f"{function.__name__}, {mode}"] = [x / 2**20 for x in bytes_]
+            del x, y, gradient
+    return mib
+
+
+SCENARIOS = {
+    "passes": lambda *settings: passes(list(settings)),
+    "run": run,
+    "self_check": self_check,
+}
 
 if __name__ == "__main__":
-    print(json.dumps(SCENARIOS[sys.argv[1]](sys.argv[2:]), indent=4))
+    with contextlib.redirect_stdout(sys.stderr):
+        answer = SCENARIOS[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(answer, indent=4))

@@ -1,36 +1,32 @@
 """A CUDA device that is not there, for a build of PyTorch without CUDA: one H100 whose tensors are fake. They have a
 shape, a type and a device but no numbers; tensors of the host stay real. torch.compile goes all the way to Inductor's
-Triton source, of which the graph is then run on fake tensors.
+Triton source, and then does as if it ran.
 
     from tests import fake_cuda  # before torch, so in a process of its own
 
     with fake_cuda.Gpu() as gpu, gpu.measuring() as usage:
         …                        # device="cuda" works, and a tensor on the wrong device is an error
-    gpu.graphs                   # what torch.compile made, with the Triton source
+    gpu.graphs                   # what torch.compile made
     gpu.waits                    # where the host waited for the device
     usage.peak_bytes             # the most that tensors took at a time
 
-Memory is that of tensors: neither the allocator's rounding nor what library calls allocate for themselves is in it.
-Needs g++ and the package triton, which is looked for in `triton` beside the interpreter's `lib` (`make .venv/triton`).
-It reaches into torch's internals, as they are in version 2.13.
+Memory is that of tensors: neither the allocator's rounding nor what library functions allocate for themselves is in it.
+It needs g++ and the package triton, in the folder `triton` of the virtual environment (`make .venv/triton`). It reaches
+into torch's internals, as they are in version 2.13.
 """
 
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
 import importlib.util
-import math
 import os
-import re
 import subprocess
 import sys
 import types
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,30 +58,23 @@ load_guard()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import arg_tree_leaves, tree_leaves, tree_map_only  # noqa: E402
+from torch.utils._pytree import arg_tree_leaves, tree_map_only  # noqa: E402
 
+from tests.inductor_graph import Graph, stop_at_source  # noqa: E402
+
+aten = torch.ops.aten
 H100 = types.SimpleNamespace(  # what torch asks of a device's properties
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=80 * 2**30,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    regs_per_multiprocessor=65536,
-    warp_size=32,
-    shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30, warp_size=32,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 * 2**20,
-    gcnArchName="",
-)
+)  # fmt: skip
 
 
 def pretend() -> None:
-    """Have torch.cuda answer as it does where there is one H100."""
+    """Have torch.cuda answer as it does where there is one H100, and Triton be found."""
+    sys.path.append(str(Path(sys.prefix, "triton")))
     stream = types.SimpleNamespace(stream_id=0, device_index=0, device_type=1, cuda_stream=0)
-    state = torch.zeros(16, dtype=torch.uint8)
     for name, answer in {
         "is_available": True,
         "is_initialized": True,
@@ -101,7 +90,7 @@ def pretend() -> None:
         "_maybe_exchange_device": 0,
         "_lazy_init": None,
         "current_stream": stream,
-        "get_rng_state": state,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
     }.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -109,79 +98,10 @@ def pretend() -> None:
     for name, answer in {"setDevice": None, "getDevice": 0, "getDeviceCount": 1, "getCurrentRawStream": 0}.items():
         setattr(torch._C, f"_cuda_{name}", lambda *_, answer=answer: answer)
     torch.version.cuda = "12.9"
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") copies where `Gpu` sees it
 
 
 pretend()
-
-
-# What Inductor generates
-
-
-class Statement(NamedTuple):
-    """A statement of a generated wrapper: buffers that it makes or gives another name, and names that it deletes."""
-
-    made: str | None = None
-    bytes: int = 0
-    alias: str | None = None
-    deleted: tuple[str, ...] = ()
-
-
-@dataclass
-class Graph:
-    """A graph that torch.compile made."""
-
-    name: str  # of the compiled function
-    step: int  # in which it was compiled
-    source: str  # the wrapper and the Triton kernels
-    sizes: dict[str, int]  # bytes of the buffers, by name
-    inputs: list[str] = field(init=False)
-    statements: list[Statement] = field(init=False)
-    kernels: Counter[str] = field(init=False)  # how often the wrapper starts each Triton kernel
-    calls: Counter[str] = field(init=False)  # and calls each library function
-    bytes_moved: float = field(init=False)  # that the Triton kernels read and write
-
-    def __post_init__(self) -> None:
-        body = re.search(r"def call\(self, args\):\n(.*?)\n        return \(", self.source, re.DOTALL)[1]
-        lines = [line for line in map(str.strip, body.splitlines()) if not line.startswith("#")]
-        self.inputs = next(re.findall(r"\w+", line[: -len("= args")]) for line in lines if line.endswith("= args"))
-        self.statements = [statement for line in lines if (statement := self._statement(line)) != Statement()]
-        self.kernels = Counter(re.findall(r"(triton_\w+)\.run\(", body))
-        self.calls = Counter(re.findall(r"\b(extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", body))
-        gigabytes = dict(re.findall(r"'kernel_name': '(\w+)'.*?'kernel_num_gb': ([\d.e-]+)", self.source))
-        self.bytes_moved = sum(1e9 * float(gigabytes[name]) * count for name, count in self.kernels.items())
-
-    def _statement(self, line: str) -> Statement:
-        deleted = tuple(re.findall(r"\bdel (\w+)", line))
-        assignment = re.match(r"(\w+) = (?:reinterpret_tensor\()?(.*)", line)
-        if not assignment or re.match(r"raw_stream\d+$", assignment[1]):
-            return Statement(deleted=deleted)
-        name, value = assignment.groups()
-        if alias := re.match(r"(\w+)(?:$|,|;| )", value):
-            return Statement(name, alias=alias[1], deleted=deleted)
-        if made := re.match(r"empty_strided_cuda\(\((.*?)\), \((.*?)\), torch\.(\w+)\)", value):
-            sizes, strides = ([int(x) for x in re.findall(r"\d+", part)] for part in made.groups()[:2])
-            count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-            return Statement(name, count * getattr(torch, made[3]).itemsize * (math.prod(sizes) > 0), deleted=deleted)
-        return Statement(name, self.sizes.get(name, 0), deleted=deleted)
-
-    def peak_bytes(self, owned: dict[str, tuple[int, int]] | None = None) -> int:
-        """The most that its buffers take at a time, with those `owned` inputs that nothing else keeps: the identity
-        and the bytes of their storages, by name.
-        """
-        storages: dict[str, Any] = {name: id_ for name, (id_, _) in (owned or {}).items()}
-        bytes_ = dict((owned or {}).values())
-        peak = sum(bytes_.values())
-        for number, (made, size, alias, deleted) in enumerate(self.statements):
-            if made:
-                storages[made] = storages.get(alias) if alias else f"{number}"
-                bytes_.setdefault(storages[made], size)
-                peak = max(peak, sum(bytes_[storage] for storage in set(storages.values())))
-            for name in deleted:
-                storages.pop(name, None)
-        return peak
-
-
-# The device
 
 
 class Wait(NamedTuple):
@@ -194,11 +114,11 @@ class Wait(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a part of a program took. `kernels` and what they move are Triton's; `calls` are of libraries in compiled
-    graphs; `eager` are operations outside of them, which start one or more kernels each.
+    """What a part of a program took. `kernels` and the bytes they move are Triton's; `calls` are of library functions
+    in compiled graphs; `eager` are the operations outside of these, which start one or more kernels each.
     """
 
-    resident_bytes: int  # of tensors when it began
+    resident_bytes: int  # of the tensors that were there when it began
     peak_bytes: int  # of all tensors, at the worst moment
     kernels: int = 0
     bytes_moved: float = 0.0
@@ -207,37 +127,34 @@ class Usage:
 
 
 class Gpu(TorchDispatchMode):
-    """The device, as long as this context lasts. `step` is for the caller to set; graphs and waits note it."""
+    """The device, as long as this context lasts, for one thread and autograd's. `step` is for the caller to set; graphs
+    and waits note it.
+    """
 
-    active: "Gpu | None" = None
     supports_higher_order_operators = True  # of which the graph of a checkpointed block has one
 
     def __init__(self) -> None:
         super().__init__()
         from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-        prepare_inductor()
-        # constants stay on the host, as they do without a GPU; this asks torch.cuda, which says otherwise here
+        # without a device constants stay on the host; it asks torch.cuda, which says here that there is one
         FakeTensorMode.avoid_device_init = property(lambda mode: True)
-        self.mode, self.FakeTensor = FakeTensorMode(allow_non_fake_inputs=True), FakeTensor
+        self.mode, self.FakeTensor = FakeTensorMode(), FakeTensor
         self.step = 0
         self.graphs: list[Graph] = []
         self.waits: list[Wait] = []
         self.usage = Usage(0, 0)
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}  # that are alive, and their bytes
+        self._storages: dict[int, weakref.ref] = {}  # that are alive
+        self.live_bytes = 0  # of tensors on the device
         self._in_graph = False
 
     def __enter__(self) -> "Gpu":
-        Gpu.active = self
+        stop_at_source(self._take)
         return super().__enter__()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
-
-    @property
-    def live_bytes(self) -> int:
-        return sum(bytes_ for _, bytes_ in list(self._storages.values()))
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Usage]:
@@ -248,88 +165,117 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
-        on_device = any(isinstance(tensor, self.FakeTensor) for tensor in tensors)
+        on_device = any(isinstance(argument, self.FakeTensor) for argument in arg_tree_leaves(*args, **kwargs))
         if not on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             self._note_wait(func)
             return torch.ones((), dtype=args[0].dtype).item()
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+        if func in (aten._to_copy.default, aten.copy_.default):
             self._check_copy(func, args, kwargs)
         real: dict[int, Tensor] = {}  # the host's tensors, by the identity of a fake one in their place
 
         def fake(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, self.FakeTensor):
-                with self.mode:
-                    substitute = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                real[id(substitute)] = tensor
-                return substitute
-            return tensor
+            if isinstance(tensor, self.FakeTensor):
+                return tensor
+            with self.mode:
+                substitute = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            real[id(substitute)] = tensor
+            return substitute
 
         def result(tensor: Tensor) -> Tensor:
             if tensor.device.type == "cpu":  # ones, as there are no numbers
-                return real[id(tensor)] if id(tensor) in real else torch.ones(tensor.shape, dtype=tensor.dtype)
+                pinned = bool(kwargs.get("pin_memory"))
+                return real.get(id(tensor), torch.ones(tensor.shape, dtype=tensor.dtype, pin_memory=pinned))
             self._keep_account(tensor)
             return tensor
 
-        args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
+        fake_args, fake_kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         with self.mode:
-            results = func(*args, **kwargs)
-        if func.namespace == "aten" and not (self._in_graph or func.is_view):
+            results = func(*fake_args, **fake_kwargs)
+        if not (self._in_graph or func.namespace != "aten" or func.is_view or str(func).startswith("aten.empty")):
             self.usage.eager[str(func)] += 1
         return tree_map_only(self.FakeTensor, result, results)
 
     def _check_copy(self, func: Any, args: tuple, kwargs: dict) -> None:
-        """A copy between host and device waits, unless told not to; from memory that is not pinned it waits anyway."""
-        if func is torch.ops.aten.copy_.default:
-            target, source, asynchronous = args[0].device, args[1], any(args[2:]) or kwargs.get("non_blocking", False)
+        """A copy between host and device waits, unless it is told not to and the host's memory is pinned."""
+        if func is aten.copy_.default:
+            source, target, asynchronous = args[1], args[0].device, any(args[2:])
+            pinned = args[1 if target.type == "cuda" else 0].is_pinned()
         else:
-            target, source, asynchronous = kwargs.get("device"), args[0], kwargs.get("non_blocking", False)
-        if target is not None and target.type != source.device.type:
-            to_device = target.type == "cuda"
-            if not (asynchronous and (source.is_pinned() if to_device else True)):
-                self._note_wait(func)
+            source, target = args[0], kwargs.get("device") or args[0].device
+            asynchronous = kwargs.get("non_blocking", False)
+            pinned = target.type == "cpu" or source.is_pinned()  # torch pins what it makes for such a copy
+        if target.type != source.device.type and not (asynchronous and pinned):
+            self._note_wait(func)
 
     def _note_wait(self, func: Any) -> None:
-        if not self._in_graph:
-            self.waits.append(Wait(self.step, str(func), calling_function()))
+        self.waits.append(Wait(self.step, str(func), calling_function()))
 
     def _keep_account(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, storages = storage._cdata, self._storages
-        if self._in_graph or key in storages:
-            return
-        storages[key] = weakref.ref(storage, lambda _: storages.pop(key)), storage.nbytes()
-        self.usage.peak_bytes = max(self.usage.peak_bytes, self.live_bytes)
+        key, size = storage._cdata, storage.nbytes()
 
-    def run(self, graph: Graph, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        """Run a compiled graph. `inputs` are its own to delete, as those of Inductor's wrappers are."""
-        before = self.live_bytes
+        def free(_: weakref.ref) -> None:
+            del self._storages[key]
+            self.live_bytes -= size
+
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, free)
+            self.live_bytes += size
+            self.usage.peak_bytes = max(self.usage.peak_bytes, self.live_bytes)
+
+    def _take(self, graph: Graph) -> Callable:
+        graph.step = self.step
+        self.graphs.append(graph)
+        return functools.partial(self._run, graph)
+
+    def _run(self, graph: Graph, inputs: list[Any]) -> list[Tensor | None]:
+        """Do as if a compiled graph ran. `inputs` are its own to delete, as they are those of Inductor's wrappers."""
+        before, returned = self.live_bytes, {result.name for result in graph.results if result}
         on_device = {name: x for name, x in zip(graph.inputs, inputs, strict=True) if isinstance(x, self.FakeTensor)}
-        storages = {name: x.untyped_storage() for name, x in on_device.items()}
-        candidates = {name: (storage._cdata, storage.nbytes()) for name, storage in storages.items()}
-        del on_device, storages
+        storages = {name: name for name in graph.inputs}  # the host's are of no account
+        storages |= {name: tensor.untyped_storage()._cdata for name, tensor in on_device.items()}
+        sizes = dict.fromkeys(storages.values(), 0)
+        sizes |= {storages[name]: tensor.untyped_storage().nbytes() for name, tensor in on_device.items()}
+        tensors = {name: tensor for name, tensor in on_device.items() if name in returned}
+        del on_device
+        inputs.clear()
+        # what has gone by now was kept by `inputs` alone, and goes within the graph
+        sizes |= {storage: 0 for storage in sizes if storage in self._storages}
+        outside = before - sum(sizes.values())
+        peak = graph.simulate(storages, sizes)
+        self.usage.peak_bytes = max(self.usage.peak_bytes, outside + peak)
+        self.usage.kernels += graph.kernels.total()
+        self.usage.bytes_moved += graph.bytes_moved
+        self.usage.calls += graph.calls
+        return self._results(graph, tensors, storages, sizes)
+
+    def _results(
+        self, graph: Graph, tensors: dict[str, Tensor], storages: dict[str, Any], sizes: dict[Any, int]
+    ) -> list[Tensor | None]:
+        """What a graph returns: some of its inputs, `tensors`, and new tensors, which share storages as told."""
+        made: dict[Any, Tensor] = {}  # a flat tensor for each new storage
+        results = []
         self._in_graph = True
-        try:
-            results = torch.fx.Interpreter(module).boxed_run(inputs)
-        finally:
-            self._in_graph = False
-        owned = {name: value for name, value in candidates.items() if value[0] not in self._storages}
-        outside = before - sum(dict(owned.values()).values())
-        usage = self.usage
-        usage.peak_bytes = max(usage.peak_bytes, outside + graph.peak_bytes(owned))
-        usage.kernels += graph.kernels.total()
-        usage.bytes_moved += graph.bytes_moved
-        usage.calls += graph.calls
-        for result in tree_leaves(results):
-            if isinstance(result, self.FakeTensor):
-                self._keep_account(result)
+        with torch._C._AutoDispatchBelowAutograd():  # to autograd, results are no views
+            for result in graph.results:
+                tensor = tensors.get(result.name) if result else None
+                if result and tensor is None:
+                    layout, storage = graph.layouts[result.name], storages[result.name]
+                    if storage not in made:
+                        count = max(sizes[storage], layout.bytes) // layout.dtype.itemsize
+                        made[storage] = torch.empty(count, dtype=layout.dtype, device="cuda")
+                    tensor = made[storage].view(layout.dtype).as_strided(layout.size, layout.stride)
+                if result and result.view:
+                    tensor = tensor.as_strided(*result.view)
+                results.append(tensor)
+        self._in_graph = False
         return results
 
 
 def calling_function() -> str:
-    """The innermost function of the project, tests apart, that is being called in this thread."""
+    """The innermost function of the project, tests apart, that this thread is in."""
     frame = sys._getframe()
     while frame:
         path = Path(frame.f_code.co_filename)
@@ -337,49 +283,3 @@ def calling_function() -> str:
             return frame.f_code.co_qualname
         frame = frame.f_back
     return "?"
-
-
-def prepare_inductor() -> None:
-    """Have Inductor stop at the source of a graph, which `Gpu.run` then stands in for."""
-    sys.path.append(str(Path(sys.prefix, "triton")))
-    import torch._functorch.config
-    import torch._inductor.compile_fx as compile_fx
-    import torch._inductor.config as config
-    import torch.utils._triton
-    from torch._inductor.graph import GraphLowering
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    target = types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_benchmarker=lambda: None)
-    driver._active = driver._default = target
-    torch.utils._triton.triton_hash_with_backend = lambda *_: "fake"
-    config.compile_threads, config.fx_graph_cache = 1, False
-    torch._functorch.config.enable_autograd_cache = False
-    config.joint_graph_constant_folding = False  # it computes on the device
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # it asks whether it is aligned
-    config.profile_bandwidth = config.benchmark_kernel = True  # writes beside each kernel the bytes that it moves
-    compile_graph = compile_fx.compile_fx_inner
-
-    def compile_and_keep(module: torch.fx.GraphModule, examples: Any, **options: Any) -> Any:
-        Gpu.active.compiling = copy.deepcopy(module)  # as compiling changes it
-        return compile_graph(module, examples, **options)
-
-    compile_fx.compile_fx = functools.partial(compile_fx.compile_fx, inner_compile=compile_and_keep)
-    GraphLowering.compile_to_module = note_source
-
-
-def note_source(lowering: Any) -> types.SimpleNamespace:
-    """In the place of GraphLowering.compile_to_module: what it returns has the function to call."""
-    gpu, context = Gpu.active, torch._guards.TracingContext.try_get()
-    code, _ = lowering.codegen()
-    sizes = {}
-    for name, buffer in lowering.name_to_buffer.items():
-        layout = buffer.maybe_get_layout()
-        if hasattr(layout, "stride") and layout.device.type == "cuda":
-            count = 1 + sum((int(size) - 1) * int(step) for size, step in zip(layout.size, layout.stride, strict=True))
-            sizes[name] = count * layout.dtype.itemsize
-    name = context.traced_code[0].co_qualname + " backward" * lowering.is_backward
-    graph = Graph(name, gpu.step, code.value, sizes)
-    gpu.graphs.append(graph)
-    call = functools.partial(gpu.run, graph, gpu.compiling)
-    return types.SimpleNamespace(call=call, __file__="")

@@ -1,0 +1,200 @@
+"""Training on CUDA, as far as it can be told without a GPU: devices, waits, compilation and memory."""
+
+import functools
+import importlib.machinery
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from run.settings import ROOT
+from tests.conftest import OPTIMIZERS
+
+TRITON = Path(sys.prefix, "triton")
+
+
+def missing():
+    """Why there can be no such device here, or None."""
+    if torch.backends.cuda.is_built():
+        return "this PyTorch is made for CUDA: it cannot be told another device"
+    if not shutil.which("g++"):
+        return "g++ is missing"
+    if not importlib.machinery.PathFinder.find_spec("triton", [str(TRITON), *sys.path]):
+        return f"Triton is missing: `make .venv/triton` installs it ({TRITON})"
+    return None
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+SET_UP = """
+from tests import fake_cuda
+import sys
+from run.machine import set_up
+from run.settings import read
+assert "torch._dynamo" not in sys.modules  # which would import what a fresh process lacks
+machine = set_up(read(["--device=cuda"]))
+print(machine.device, machine.dtype, machine.compile, machine.peak_flops())
+"""
+
+
+SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=128", "--micro_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The ends of processes in which torch is imported after tests/fake_cuda.py, two at a time."""
+    folder = str(tmp_path_factory.mktemp("cuda"))
+    scenarios = ["-m", "tests.cuda_scenarios"]
+    commands = {
+        "sophiah": [*scenarios, "run", folder, "sophiah"],
+        "others": [*scenarios, "run", folder, *(name for name in OPTIMIZERS if name != "sophiah")],
+        "set_up": ["-c", SET_UP],
+        "self_check": [*scenarios, "self_check"],
+        "passes": [*scenarios, "passes", "--optimizer=sophiag", *SHAPE],
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = functools.partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(start, ([sys.executable, *command] for command in commands.values()))
+        return dict(zip(commands, ends, strict=True))
+
+
+@pytest.fixture(scope="module")
+def output(processes):
+    """output(name) is what a process printed."""
+
+    def of(name):
+        assert processes[name].returncode == 0, processes[name].stderr[-5000:]
+        return processes[name].stdout
+
+    return of
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def found(name, output):
+    """What was found of a run with an optimizer."""
+    return json.loads(output("sophiah" if name == "sophiah" else "others"))[name]
+
+
+@pytest.fixture
+def checked(output):
+    return json.loads(output("self_check"))
+
+
+# The device that is not there
+
+
+def test_it_tells_what_waits_and_what_is_on_the_wrong_device(checked):
+    errors = {name: result for name, result in checked["waits"].items() if isinstance(result, str)}
+    assert errors == {"nonzero": "DynamicOutputShapeException", "host and device": "FakeTensorDeviceMismatchError"}
+    silent = {name for name, count in checked["waits"].items() if count == 0}
+    assert silent == {
+        "cpu, non_blocking",
+        "copy_ to pinned memory, non_blocking",
+        "from pinned memory, non_blocking",
+        "made on the device",
+    }
+
+
+def test_it_tells_recompilations_and_graph_breaks(checked):
+    graphs = checked["graphs"]
+    assert graphs["after each call"] == [2, 2, 4]  # before and after the break, for each shape
+    assert graphs["step of the last"] == 2
+    assert graphs["breaks"] > 0
+
+
+def test_it_counts_what_tensors_take(checked):
+    mib = checked["mib"]  # forward and backward at most, in the end, and moved by kernels
+    # weight, x and the gradient of y are there throughout. Eager: exp, sin and their difference, or the result.
+    assert mib["pointwise, eager"][0] == 3 + 3
+    assert mib["pointwise, eager"][2] == 5  # y and the gradient of x are left
+    # compiled: y; the gradient of x; one kernel reads x, another one x, y and the gradient of y
+    assert mib["pointwise, compiled"] == [3 + 1, 3 + 2, 5, 2 + 4]
+    # two products and y are kept for the backward pass, and let go one by one, where two gradients need room
+    assert [row[0] for row in (mib["products, eager"], mib["products, compiled"])] == [3 + 3, 3 + 3]
+    assert mib["products, compiled"][1] == 3 + 3 + 2
+    assert mib["products, compiled"][2] == 3 + 1 + 2  # y and the gradients of weight and x
+
+
+# Training
+
+
+def test_a_run_is_set_up_in_a_fresh_process(output):
+    assert output("set_up").split() == ["cuda:0", "torch.bfloat16", "True", "989000000000000.0"]
+
+
+def test_a_run_comes_to_its_end_and_is_resumed(found):
+    assert found["rows"] == [0, 3, 6, 9, 12, 14]
+
+
+def test_the_host_waits_only_to_log_to_evaluate_and_to_write(name, found):
+    def expected(logged, evaluated):
+        waits = {(step, "Meter.row") for step in logged}
+        waits |= {(step, where) for step in evaluated for where in ("evaluate", "CheckpointWriter._copy")}
+        return waits | {(step, "_Sophia.unclipped_fraction") for step in logged if name.startswith("sophia")}
+
+    def waits(of, after):
+        return {(step, where) for step, _, where in found[of] if step > after}
+
+    assert waits("waits", 0) == expected((3, 6, 9, 12), (6, 12))
+    assert waits("waits_of_eager_steps", 12) == expected((14,), (14,))
+
+
+def test_sampling_waits_for_the_tokens_alone(found):
+    waits = Counter(what for _, what, _ in found["waits_of_sampling"])
+    assert waits["aten._local_scalar_dense.default"] == 3  # which are printed
+    assert {where for _, _, where in found["waits_of_sampling"]} == {"main"}  # and not the model
+
+
+def test_every_function_is_compiled_once_and_whole_before_the_second_step(name, found):
+    blocks = {"Blocks.forward": 2, "Blocks.forward backward": 1, "ChunkLoss.forward": 2}  # with and without gradients
+    others = {
+        "adamw": {},
+        "lion": {"_lion_update": 1},
+        "sophiah": {"add_product": 1, "_sophia_update": 1},
+        "sophiag": {"ChunkLoss.forward": 3, "_sophia_update": 1},
+        # whose groups are smaller than the micro-batch
+        "sophiag-averaged": {
+            "Blocks.forward": 3,
+            "Blocks.forward backward": 2,
+            "ChunkLoss.forward": 3,
+            "_sophia_update": 1,
+        },
+    }
+    assert Counter(graph for graph, _ in found["graphs"]) == blocks | others[name]
+    assert {step for _, step in found["graphs"]} == {0, 1}
+    assert found["graph_breaks"] == {}
+
+
+def test_an_update_of_the_optimizer_is_a_handful_of_kernels(name, found):
+    (update,) = found["updates"]
+    assert 1 <= update["kernels"] + sum(update["eager"].values()) <= 4
+    assert update["peak_bytes"] == update["resident_bytes"]  # in place
+    if update["kernels"]:  # and reads weights, gradients and state once, writes weights and momentum once
+        tensors = 5 if name == "lion" else 6
+        assert update["bytes_moved"] == pytest.approx(tensors * found["live_bytes"]["1"], rel=1e-3)  # first the weights
+
+
+def test_memory_does_not_grow_from_step_to_step(found):
+    assert len({found["live_bytes"][step] for step in ("4", "7", "10")}) == 1  # after a row each
+
+
+def test_an_estimate_of_sophia_g_takes_no_more_memory_than_a_micro_batch_of_training(output):
+    usage = json.loads(output("passes"))
+    training, update, curvature = (usage[name] for name in ("training", "update", "curvature"))
+    weights, logits = 4 * (64 * (50304 + 128 + 2 + 12 * 64) + 64), 2 * 8 * 128 * 50304  # bytes; logits in bfloat16
+    assert training["resident_bytes"] == update["resident_bytes"] == 4 * weights  # with gradients and two states
+    assert training["peak_bytes"] > 4 * weights + 2 * logits  # and their gradient
+    assert curvature["peak_bytes"] == pytest.approx(training["peak_bytes"], rel=0.01)

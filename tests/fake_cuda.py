@@ -54,6 +54,13 @@ def load_guard() -> None:
 
 
 load_guard()
+# Inductor's settings as variables, which reach every thread: autograd compiles in one of its own
+os.environ |= {
+    "TORCHINDUCTOR_PROFILE": "1",  # writes beside each kernel the bytes that it moves
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+}
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -94,6 +101,8 @@ def pretend() -> None:
         "set_rng_state": None,
     }.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    for name in ("Stream", "Event", "stream"):
+        setattr(torch.cuda, name, getattr(torch.cpu, name))  # which do nothing
     torch.cuda.default_generators = (torch.Generator("cuda"),)
     for name, answer in {"setDevice": None, "getDevice": 0, "getDeviceCount": 1, "getCurrentRawStream": 0}.items():
         setattr(torch._C, f"_cuda_{name}", lambda *_, answer=answer: answer)
@@ -166,7 +175,7 @@ class Gpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         on_device = any(isinstance(argument, self.FakeTensor) for argument in arg_tree_leaves(*args, **kwargs))
-        if not on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+        if not on_device and torch.device(kwargs.get("device") or "cpu").type != "cuda":
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self._note_wait(func)

@@ -126,8 +126,7 @@ def stop_at_source(take: Callable[[Graph], Callable]) -> None:
     """Have Inductor generate a graph's source for an H100 and stop there. What `take` makes of the graph is called with
     a list of the graph's inputs, in the place of what Triton would build.
     """
-    import torch._functorch.config
-    import torch._inductor.config as config
+    import torch._inductor.fx_passes.joint_graph
     import torch.utils._triton
     from torch._inductor.graph import GraphLowering
     from triton.backends.compiler import GPUTarget
@@ -136,10 +135,7 @@ def stop_at_source(take: Callable[[Graph], Callable]) -> None:
     target = types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_benchmarker=lambda: None)
     driver._active = driver._default = target
     torch.utils._triton.triton_hash_with_backend = lambda *_: "fake"
-    config.compile_threads, config.fx_graph_cache = 1, False
-    torch._functorch.config.enable_autograd_cache = False
-    config.joint_graph_constant_folding = False  # it computes on the device
-    config.profile_bandwidth = True  # writes beside each kernel the bytes that it moves
+    torch._inductor.fx_passes.joint_graph.constant_fold_uniform_value = lambda _: None  # it computes on the device
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to see whether it is aligned
 
     def compile_to_module(lowering: GraphLowering) -> types.SimpleNamespace:

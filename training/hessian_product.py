@@ -67,6 +67,7 @@ class HessianProduct:
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
         self.rate.direction = u["wte.weight"].to(product_dtype(x))
         rate = mean_in_chunks(hidden.flatten(0, 1), model.wte.weight, targets.flatten(), count, self.rate)
+        del self.rate.direction  # which is large
         return dict(zip(weights, torch.autograd.grad(rate, list(weights.values())), strict=True))
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:

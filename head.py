@@ -23,7 +23,7 @@ class ChunkLoss(nn.Module):
     targets)`, or without `draw` the targets themselves. A target of -1 is left out.
     """
 
-    matrices = 1  # of the size of the logits in memory, in units of what this class needs
+    memory = 1  # that a chunk takes, relative to this class: with more, chunks are smaller
 
     def __init__(self, draw: Callable[[Tensor, Tensor], Tensor] | None = None):
         super().__init__()
@@ -32,7 +32,7 @@ class ChunkLoss(nn.Module):
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """hidden (N, C), weight (V, C), targets (…, N): a scalar in float32, or float64 for float64 inputs."""
         logits = F.linear(hidden, weight)  # (N, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(wide_dtype(logits))
         labels = self.draw(logits.detach(), targets) if self.draw else targets  # (N,)
         # F.cross_entropy by hand, as that compares labels in 64 bits: a step of a small model takes 3 % less on a CPU.
         peak = logits.detach().amax(dim=-1, keepdim=True)  # (N, 1)
@@ -62,12 +62,17 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """In which sums and exponentials over the tensor are computed: float32, or float64 for a float64 tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 class _MeanInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients):
         dtype = product_dtype(hidden)
         logits = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
-        chunks = max(1, math.ceil(len(hidden) * len(weight) * chunk_loss.matrices / logits))
+        chunks = max(1, math.ceil(len(hidden) * len(weight) * chunk_loss.memory / logits))
         size = math.ceil(len(hidden) / chunks)
         low_weight = weight.to(dtype)  # once for all chunks
         d_weight = torch.zeros_like(weight) if with_gradients else None

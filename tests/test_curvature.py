@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
 from run import randomness, settings
-from run.machine import Machine, has_compiler
+from run.machine import Machine
 from run.ranks import Ranks
 from sophia import hutchinson, labels_from_uniforms, normal_like
-from tests.conftest import OPTIMIZERS, TINY, arguments
+from tests.conftest import COMPILERS, OPTIMIZERS, TINY, arguments, needs_compiler
 from tokens.batches import Batches
 from tokens.token_files import TokenData, Tokens, open_data
 from train import accumulate_gradients
@@ -25,7 +25,6 @@ from training.parallel import DataParallel
 
 STEP = 3
 EVERYTHING = {"bias": True, "scale_attn_by_inverse_layer_idx": True}
-needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no compiler here")
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def plain_loss(model, x, y):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("compile", COMPILERS)
 def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, checkpointed, compile):
     monkeypatch.setattr(hessian_product, "QUERIES", 6)  # the 16 tokens of a sequence do not divide
     torch.compiler.reset()

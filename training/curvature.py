@@ -28,10 +28,10 @@ class Curvature:
     def estimate(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """One tensor for each of `params`, the same on every rank."""
         settings = self.settings
-        if settings.dropout > 0:
-            randomness.seed_dropout(settings.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
         if settings.optimizer == "sophiah":
             return self._hutchinson(step, params)
+        if settings.dropout > 0:
+            randomness.seed_dropout(settings.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
         if settings.hessian_estimator == "averaged":
             return self._averaged_gauss_newton_bartlett(step, params)
         return self._gauss_newton_bartlett(step, params)
@@ -80,7 +80,7 @@ class Curvature:
         u = {names[param]: direction for param, direction in zip(params, directions, strict=True)}
         total = [torch.zeros_like(param) for param in params]
         tokens = settings.hessian_batch_size * settings.block_size
-        size = max(1, settings.micro_batch_size // 2)
+        size = max(1, settings.micro_batch_size // 2)  # as a sequence takes twice the memory that it takes in training
         for (x, y), _ in self.batches.curvature(step, size):
             with self.machine.forward_context():
                 product = self._hessian_product(x, y, u, tokens)

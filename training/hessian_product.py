@@ -19,7 +19,7 @@ from torch.func import functional_call, jvp
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from head import ChunkLoss, mean_in_chunks, of_labels, product_dtype
+from head import ChunkLoss, mean_in_chunks, of_labels, product_dtype, wide_dtype
 from model import GPT, Block
 
 QUERIES = 128  # of a block
@@ -118,7 +118,7 @@ class PlainLayerNorm(TorchFunctionMode):
 
 
 def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    x = x.to(wide(x))
+    x = x.to(wide_dtype(x))
     x = x - x.mean(dim=-1, keepdim=True)
     x = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
     return x if bias is None else x + bias
@@ -173,7 +173,7 @@ def attention_tangent_backward(
 
 def add_blocks(sums: list[Tensor], part: Tensor) -> None:
     """Add to `sums`, one for each block of keys, the rows of `part` (BH, N, D), which has one block more."""
-    blocks = part.to(wide(part)).split(QUERIES, dim=1)
+    blocks = part.to(wide_dtype(part)).split(QUERIES, dim=1)
     sums[:] = [total + block for total, block in zip(sums, blocks, strict=False)] + [blocks[-1]]
 
 
@@ -186,15 +186,11 @@ def attention_weights(
     queries, keys = torch.cat((dq, q), dim=-1), torch.cat((k, dk), dim=-1)  # (BH, T, 2D)
     for first in range(0, q.shape[1], QUERIES):
         own, seen = slice(first, first + QUERIES), min(first + QUERIES, q.shape[1])
-        scores = (q[:, own] @ k[:, :seen].mT).to(wide(q))
+        scores = (q[:, own] @ k[:, :seen].mT).to(wide_dtype(q))
         later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)
         p = (scale * scores).masked_fill(later, -torch.inf).softmax(dim=-1)
-        tangent = scale * (queries[:, own] @ keys[:, :seen].mT).to(wide(q))
+        tangent = scale * (queries[:, own] @ keys[:, :seen].mT).to(wide_dtype(q))
         yield seen, p, tangent - (p * tangent).sum(dim=-1, keepdim=True)
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class TangentLoss(ChunkLoss):
@@ -203,11 +199,11 @@ class TangentLoss(ChunkLoss):
     """
 
     direction: Tensor
-    matrices = 4
+    memory = 4
 
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         values, tangents = hidden.chunk(2, dim=-1)
         logits = F.linear(values, weight)  # (N, V)
-        tangent = (F.linear(tangents, weight) + F.linear(values, self.direction)).to(wide(logits))
+        tangent = (F.linear(tangents, weight) + F.linear(values, self.direction)).to(wide_dtype(logits))
         mean = (logits.to(tangent.dtype).softmax(dim=-1) * tangent).sum(dim=-1)
         return ((mean - of_labels(tangent, targets)) * (targets >= 0)).sum()

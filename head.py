@@ -67,18 +67,26 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def chunk_rows(positions: int, vocab_size: int, logits: int, memory: int) -> int:
+    """How many positions a chunk has, for `logits` of a ChunkLoss with this `memory`. The chunks are of one size, so
+    that one shape is compiled, unless that takes twice as many.
+    """
+    least = max(1, math.ceil(positions * vocab_size * memory / logits))
+    chunks = next((n for n in range(least, 2 * least) if positions % n == 0), least)
+    return math.ceil(positions / chunks)
+
+
 class _MeanInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients):
         dtype = product_dtype(hidden)
         logits = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
-        chunks = max(1, math.ceil(len(hidden) * len(weight) * chunk_loss.memory / logits))
-        size = math.ceil(len(hidden) / chunks)
+        rows = chunk_rows(len(hidden), len(weight), logits, chunk_loss.memory)
         low_weight = weight.to(dtype)  # once for all chunks
         d_weight = torch.zeros_like(weight) if with_gradients else None
         results = [
             chunk_loss(chunk.to(dtype), low_weight, some, d_weight)
-            for chunk, some in zip(hidden.split(size), targets.split(size, dim=-1), strict=True)
+            for chunk, some in zip(hidden.split(rows), targets.split(rows, dim=-1), strict=True)
         ]
         losses, d_hidden = zip(*results, strict=True)
         if with_gradients:

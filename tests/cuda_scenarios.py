@@ -3,11 +3,15 @@
     python -m tests.cuda_scenarios passes [CONFIG.py …] [--name=value …]
 
 prints, as JSON, what a micro-batch of training takes, an update of the optimizer and, with Sophia, an estimate of
-curvature: bytes of memory, bytes that Triton's kernels move, calls of library functions. Settings are train.py's. From
-two layers on the bytes are linear in n_layer, so that n_layer = 2 and 3 give those of any other. `measure_passes` is
-the same for other code; the tests' own scenarios are `run` and `self_check`.
+curvature: bytes of memory, bytes that Triton's kernels move, calls of library functions. Settings are train.py's.
+
+    python -m tests.cuda_scenarios memory [CONFIG.py …] [--name=value …]
+
+prints the peaks of Sophia-H for 1, 2, 6 and 12 layers, beside those that training/memory.py computes, and the largest
+micro_batch_size that by these fits on a GPU. The tests' own scenarios are `run` and `self_check`.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import json
@@ -27,12 +31,14 @@ from torch._dynamo.utils import counters
 import sample
 import train
 from benchmarks.common import random_tokens
+from model import GPT, GPTConfig
 from records import checkpoint_writer
 from run.machine import set_up
 from run.settings import Settings, read
 from tests.conftest import OPTIMIZERS, TINY, arguments, text_dataset
-from tokens.batches import Batches
+from tokens.batches import Batches, divisors
 from training.curvature import Curvature
+from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 from training.meter import StepResult
 from training.optimizers import make_optimizer, parameters
 from training.parallel import DataParallel
@@ -40,43 +46,98 @@ from training.start import make_model
 
 UPDATE = train.update
 STEPS = 12
+# Those of the memory table
+SIZES = (
+    "config/gpt2_small.py", "config/gpt2_medium.py", "config/gpt2_540m.py", "config/gpt2_large.py",
+    "--n_layer=48 --n_head=25 --n_embd=1600",
+)  # fmt: skip
 RUN = TINY | {
     "n_embd": 64, "block_size": 64, "max_iters": STEPS, "eval_interval": 6, "log_interval": 3, "device": "cuda",
     "dtype": "auto", "compile": True,
 }  # fmt: skip
 
 
-def passes(settings: list[str]) -> dict[str, Any]:
-    with fake_cuda.Gpu() as gpu:
-        return {name: vars(usage) for name, usage in measure_passes(gpu, read([*settings, "--device=cuda"])).items()}
-
-
-def measure_passes(gpu: fake_cuda.Gpu, settings: Settings) -> dict[str, fake_cuda.Usage]:
+def passes(settings: Settings) -> dict[str, dict[str, Any]]:
     """What is taken by "training", one micro-batch; "update", one of the optimizer; and, with Sophia, "curvature", an
     estimate from as many sequences (in whole groups) and the update of its average. The optimizer's state is there
-    already; so are the gradients, but not during the estimate.
+    already; so are the gradients, but not during the estimate. "computed" is the peak by training/memory.py.
     """
-    size = settings.micro_batch_size
-    settings = dataclasses.replace(settings, batch_size=size)
-    machine, data = set_up(settings), random_tokens(settings)
-    model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
-    parallel, optimizer = DataParallel(model, machine), make_optimizer(model, settings, machine)
-    train.accumulate_gradients(1, parallel, batches)
-    optimizer.step()
-    usages = {}
-    with gpu.measuring() as usages["training"]:
-        train.accumulate_gradients(2, parallel, batches)
-    with gpu.measuring() as usages["update"]:
+    size, checkpointed = settings.micro_batch_size, settings.checkpoint_activations
+    settings = dataclasses.replace(settings, batch_size=size, device="cuda")
+    usages, computed = {}, {}
+    with fake_cuda.Gpu() as gpu:
+        machine, data = set_up(settings), random_tokens(settings)
+        model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
+        parallel, optimizer = DataParallel(model, machine), make_optimizer(model, settings, machine)
+        train.accumulate_gradients(1, parallel, batches)
         optimizer.step()
-    optimizer.zero_grad()
-    if settings.uses_curvature:
-        group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
-        sequences = max(size // group, 1) * group
-        settings = dataclasses.replace(settings, batch_size=sequences, hessian_batch_size=sequences)
-        curvature = Curvature(model, settings, machine, Batches(data, settings, machine))
-        with gpu.measuring() as usages["curvature"]:
-            optimizer.update_hessian(curvature.estimate(1, parameters(optimizer)))
-    return usages
+        computed["training"] = gpu.live_bytes + peak_bytes(TRAINING, model.config, size, checkpointed)
+        with gpu.measuring() as usages["training"]:
+            train.accumulate_gradients(2, parallel, batches)
+        computed["update"] = gpu.live_bytes
+        with gpu.measuring() as usages["update"]:
+            optimizer.step()
+        optimizer.zero_grad()
+        if settings.uses_curvature:
+            group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
+            sequences = max(size // group, 1) * group
+            settings = dataclasses.replace(settings, batch_size=sequences, hessian_batch_size=sequences)
+            batches = Batches(data, settings, machine)
+            curvature = Curvature(model, settings, machine, batches)
+            computed["curvature"] = gpu.live_bytes + peak_of_estimate(model, curvature)
+            with gpu.measuring() as usages["curvature"]:
+                optimizer.update_hessian(curvature.estimate(1, parameters(optimizer)))
+    return {name: {"computed": computed[name]} | vars(usage) for name, usage in usages.items()}
+
+
+def peak_of_estimate(model: GPT, curvature: Curvature) -> int:
+    """By training/memory.py, besides weights and state."""
+    settings, weights = curvature.settings, 4 * sum(param.numel() for param in model.parameters())
+    size, checkpointed = settings.micro_batch_size, settings.checkpoint_activations
+    if settings.optimizer == "sophiag":
+        return weights + peak_bytes(TRAINING, model.config, size, checkpointed)
+    part = hutchinson_sequences(model.config, size, checkpointed, weights)
+    part = max(size for size in divisors(settings.hessian_batch_size) if size <= part)
+    return 2 * weights + peak_bytes(HUTCHINSON, model.config, part, checkpointed)
+
+
+def memory(settings: list[str]) -> dict[str, Any]:
+    found = {}
+    for checkpointed in (False, True):
+        for layers in (1, 2, 6, 12):
+            chosen = [f"--n_layer={layers}", f"--checkpoint_activations={checkpointed}"]
+            torch.compiler.reset()
+            for name, usage in passes(read(["--optimizer=sophiah", *settings, *chosen])).items():
+                peak, computed = usage["peak_bytes"], usage["computed"]
+                case = f"{name}, {layers} layers" + ", checkpointed" * checkpointed
+                found[case] = {"peak": peak, "computed": computed, "error": round(computed / peak - 1, 4)}
+    return found | {"largest error": max(abs(row["error"]) for row in found.values()), "fits": what_fits()}
+
+
+def what_fits() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """The largest micro_batch_size, without and with checkpoint_activations, that leaves a tenth of a GPU free."""
+    table: dict[str, Any] = {}
+    for size in SIZES:
+        shape = read([size] if size.endswith(".py") else size.split())
+        config = GPTConfig(1024, 50304, shape.n_layer, shape.n_head, shape.n_embd)
+        with torch.device("meta"):
+            weights = 4 * sum(param.numel() for param in GPT(config).parameters())
+        for optimizer in ("adamw", "lion", "sophiah"):
+            for gigabytes in (24, 40, 80, 141):
+                most = [largest(config, weights, optimizer, 0.9e9 * gigabytes, again) for again in (False, True)]
+                table.setdefault(size, {}).setdefault(optimizer, {})[f"{gigabytes} GB"] = most
+    return table
+
+
+def largest(config: GPTConfig, weights: int, optimizer: str, most: float, checkpointed: bool) -> int:
+    def fits(size: int) -> bool:
+        peak = (3 if optimizer == "lion" else 4) * weights + peak_bytes(TRAINING, config, size, checkpointed)
+        if optimizer == "sophiah":
+            part = hutchinson_sequences(config, size, checkpointed, weights)
+            peak = max(peak, 5 * weights + peak_bytes(HUTCHINSON, config, part, checkpointed))
+        return peak <= most
+
+    return bisect.bisect_left(range(1, 4096), True, key=lambda size: not fits(size))
 
 
 def run(folder: str, *names: str) -> dict[str, Any]:
@@ -227,7 +288,8 @@ def check_memory(gpu: fake_cuda.Gpu) -> dict[str, Any]:
 
 
 SCENARIOS = {
-    "passes": lambda *settings: passes(list(settings)),
+    "passes": lambda *settings: passes(read(list(settings))),
+    "memory": lambda *settings: memory(list(settings)),
     "run": run,
     "self_check": self_check,
 }

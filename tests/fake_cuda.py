@@ -20,6 +20,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -273,7 +274,9 @@ class Gpu(TorchDispatchMode):
                 tensor = tensors.get(result.name) if result else None
                 if result and tensor is None:
                     layout, storage = graph.layouts[result.name], storages[result.name]
-                    if storage not in made:
+                    if layout.device != "cuda":
+                        made[storage] = torch.empty(math.prod(layout.size), dtype=layout.dtype)
+                    elif storage not in made:
                         count = max(sizes[storage], layout.bytes) // layout.dtype.itemsize
                         made[storage] = torch.empty(count, dtype=layout.dtype, device="cuda")
                     tensor = made[storage].view(layout.dtype).as_strided(layout.size, layout.stride)

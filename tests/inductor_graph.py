@@ -18,10 +18,12 @@ class Layout(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: str = "cuda"
 
     @property
     def bytes(self) -> int:
-        if 0 in self.size:
+        """On the device."""
+        if 0 in self.size or self.device != "cuda":
             return 0
         return self.dtype.itemsize * (1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)))
 
@@ -48,7 +50,7 @@ class Graph:
 
     name: str  # of the compiled function
     source: str  # the kernels and their wrapper, a function `call`
-    layouts: dict[str, Layout]  # of the buffers on the device
+    layouts: dict[str, Layout]  # of the buffers
     step: int = 0  # in which it was compiled
     inputs: list[str] = field(init=False)
     statements: list[Statement] = field(init=False)
@@ -116,8 +118,9 @@ def read_graph(lowering: Any) -> Graph:
     layouts = {}
     for buffer, node in lowering.name_to_buffer.items():
         layout = node.maybe_get_layout()
-        if hasattr(layout, "stride") and layout.device.type == "cuda":
-            layouts[buffer] = Layout(tuple(map(int, layout.size)), tuple(map(int, layout.stride)), layout.dtype)
+        if hasattr(layout, "stride"):
+            size, stride = (tuple(map(int, numbers)) for numbers in (layout.size, layout.stride))
+            layouts[buffer] = Layout(size, stride, layout.dtype, layout.device.type)
     name = torch._guards.TracingContext.get().traced_code[0].co_qualname
     return Graph(name + " backward" * lowering.is_backward, code.value, layouts)
 

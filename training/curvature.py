@@ -10,6 +10,7 @@ from run.settings import Settings
 from sophia import normal_like
 from tokens.batches import Batches
 from training.hessian_product import HessianProduct
+from training.memory import hutchinson_sequences
 
 
 class Curvature:
@@ -72,20 +73,26 @@ class Curvature:
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """u * (H u), with one u for all sequences (the paper's algorithm 1)."""
-        settings, names = self.settings, {param: name for name, param in self.model.named_parameters()}
+        settings, product = self.settings, self._hessian_product
         seed = randomness.torch_seed(settings.seed, randomness.DIRECTIONS, step)
         directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
         for direction in directions:  # rank 0's, as GPUs of another kind draw other numbers
             self.machine.ranks.broadcast(direction)
-        u = {names[param]: direction for param, direction in zip(params, directions, strict=True)}
-        total = [torch.zeros_like(param) for param in params]
+        named, direction_of = dict(self.model.named_parameters()), dict(zip(params, directions, strict=True))
+        weights, u = product.weights(), {name: direction_of[param] for name, param in named.items()}
         tokens = settings.hessian_batch_size * settings.block_size
-        size = max(1, settings.micro_batch_size // 2)  # as a sequence takes twice the memory that it takes in training
-        for (x, y), _ in self.batches.curvature(step, size):
+        for (x, y), _ in self.batches.curvature(step, self._hutchinson_sequences()):
             with self.machine.forward_context():
-                product = self._hessian_product(x, y, u, tokens)
-            torch._foreach_add_(total, [product[names[param]] for param in params])
-            del product
+                product.add(weights, u, x, y, tokens)
+        sums = {named[name]: weight.grad for name, weight in weights.items()}
+        total = [sums[param] for param in params]
         self.machine.ranks.all_reduce(total)
         torch._foreach_mul_(total, directions)
         return total
+
+    def _hutchinson_sequences(self) -> int:
+        """Of a part, to need no more memory than training does."""
+        more = 4 * sum(param.numel() for param in self.model.parameters())  # u; the sums are in place of the gradients
+        more *= 2 if self.machine.ranks.count > 1 else 1  # whose memory DDP keeps
+        checkpointed = self.settings.checkpoint_activations
+        return hutchinson_sequences(self.model.config, self.settings.micro_batch_size, checkpointed, more)

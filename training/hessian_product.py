@@ -46,16 +46,22 @@ class HessianProduct:
         if compile:
             self.rate.compile(dynamic=False)
 
-    def __call__(self, idx: Tensor, targets: Tensor, u: Named, count: int) -> Named:
-        """H u of the sum of the tokens' losses divided by `count`; like `u` it goes by the names of the parameters.
+    def weights(self) -> Named:
+        """The model's weights by name, each with a `grad` of zeros, which is apart from the model's own gradients."""
+        weights = {name: param.detach().requires_grad_() for name, param in self.model.named_parameters()}
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight)
+        return weights
 
-        idx, targets: (B, T) integers; a target of -1 is left out.
+    def add(self, weights: Named, u: Named, idx: Tensor, targets: Tensor, count: int) -> None:
+        """Add H u, H that of the sum of the tokens' losses divided by `count`, to the `grad` of `weights`.
+
+        idx, targets: (B, T) integers; a target of -1 is left out. `u` goes by the names of the parameters.
         """
-        model, weights = self.model, dict(self.model.named_parameters())
-        u = {name: u[name] for name in weights}  # in their order
+        model, (embedding, positions) = self.model, ("wte.weight", "wpe.weight")
 
         def embed(weights: Named) -> Tensor:
-            return F.embedding(idx, weights["wte.weight"]) + weights["wpe.weight"][: idx.shape[1]]
+            return F.embedding(idx, weights[embedding]) + weights[positions][: idx.shape[1]]
 
         x, dx = embed(weights), embed(u).requires_grad_()  # the latter as in later layers, which share the code
         for number, block in enumerate(model.h):
@@ -65,10 +71,10 @@ class HessianProduct:
             else:
                 x, dx = self.block(*parts, x, dx)
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
-        self.rate.direction = u["wte.weight"].to(product_dtype(x))
-        rate = mean_in_chunks(hidden.flatten(0, 1), model.wte.weight, targets.flatten(), count, self.rate)
+        self.rate.direction = u[embedding].to(product_dtype(x))
+        rate = mean_in_chunks(hidden.flatten(0, 1), weights[embedding], targets.flatten(), count, self.rate)
         del self.rate.direction  # which is large
-        return dict(zip(weights, torch.autograd.grad(rate, list(weights.values())), strict=True))
+        rate.backward()
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         heads, tangents = self.before(weights, u, (x,), (dx,))
@@ -135,7 +141,9 @@ class AttentionTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return *ctx.functions[1](*ctx.saved_tensors, ctx.scale, gradient), None, None
+        halves = zip(*(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True)  # of the heads
+        gradients = [ctx.functions[1](*half, ctx.scale) for half in halves]  # whose temporary tensors are large
+        return *(torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True)), None, None
 
 
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: Tensor) -> Tensor:
@@ -148,9 +156,9 @@ def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, d
 
 
 def attention_tangent_backward(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: Tensor, gradient: Tensor
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, gradient: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients by q, k, v, dq, dk and dv, where `gradient` is that by the tangent of attention."""
+    """The gradients by q, k, v, dq, dk and dv, where `gradient` is that by the tangent of attention, of its shape."""
     shape, dtype = q.shape, q.dtype
     q, k, v, dq, dk, dv, gradient = (x.flatten(0, 1) for x in (q, k, v, dq, dk, dv, gradient))  # (BH, T, D)
     g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # of each block of queries or keys
@@ -199,7 +207,7 @@ class TangentLoss(ChunkLoss):
     """
 
     direction: Tensor
-    memory = 4
+    memory = 4  # takes 14 bytes a logit instead of 4
 
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         values, tangents = hidden.chunk(2, dim=-1)

@@ -45,14 +45,14 @@ from training.parallel import DataParallel
 from training.start import make_model
 
 UPDATE = train.update
-STEPS = 12
+STEPS = 10  # the next step begins with an estimate
 # Those of the memory table
 SIZES = (
     "config/gpt2_small.py", "config/gpt2_medium.py", "config/gpt2_540m.py", "config/gpt2_large.py",
     "--n_layer=48 --n_head=25 --n_embd=1600",
 )  # fmt: skip
 RUN = TINY | {
-    "n_embd": 64, "block_size": 64, "max_iters": STEPS, "eval_interval": 6, "log_interval": 3, "device": "cuda",
+    "n_embd": 64, "block_size": 64, "max_iters": STEPS, "eval_interval": 5, "log_interval": 3, "device": "cuda",
     "dtype": "auto", "compile": True,
 }  # fmt: skip
 
@@ -161,7 +161,10 @@ def run(folder: str, *names: str) -> dict[str, Any]:
             call(sample, arguments(out_dir=out_dir, device="cuda", max_new_tokens=3, top_k=5, start="a"))
             result["waits_of_sampling"] = gpu.waits
             gpu.waits = []
-            call(train, [*command, "--init_from=resume", f"--max_iters={STEPS + 2}", "--compile=False"])
+            eager = ["--init_from=resume", f"--max_iters={STEPS + 2}", "--compile=False"]
+            if name == "sophiah":  # without an estimate: eager forward mode fails with numbers and fake tensors
+                eager.append("--hessian_interval=20")
+            call(train, command + eager)
             result["waits_of_eager_steps"] = gpu.waits
         result["graph_breaks"] = dict(counters["graph_break"])
         result["rows"] = [json.loads(row)["step"] for row in (out_dir / "metrics.jsonl").read_text().splitlines()]

@@ -14,8 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits of a chunk. On a CPU a chunk is to fit into its caches; on GPUs, which want large products: not measured.
-CPU_LOGITS, GPU_LOGITS = 2**25, 2**28
+CPU_LOGITS = 2**25  # of a chunk, which is to fit into a CPU's caches
 
 
 class ChunkLoss(nn.Module):
@@ -23,7 +22,7 @@ class ChunkLoss(nn.Module):
     targets)`, or without `draw` the targets themselves. A target of -1 is left out.
     """
 
-    memory = 1  # that a chunk takes, relative to this class: with more, chunks are smaller
+    gpu_logits = 2**28  # of a chunk, as GPUs want large products; not measured
 
     def __init__(self, draw: Callable[[Tensor, Tensor], Tensor] | None = None):
         super().__init__()
@@ -67,11 +66,11 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def chunk_rows(positions: int, vocab_size: int, logits: int, memory: int) -> int:
-    """How many positions a chunk has, for `logits` of a ChunkLoss with this `memory`. The chunks are of one size, so
-    that one shape is compiled, unless that takes twice as many.
+def chunk_rows(positions: int, vocab_size: int, logits: int) -> int:
+    """How many positions a chunk of up to `logits` logits has. The chunks are of one size, so that one shape is
+    compiled, unless that takes twice as many.
     """
-    least = max(1, math.ceil(positions * vocab_size * memory / logits))
+    least = max(1, math.ceil(positions * vocab_size / logits))
     chunks = next((n for n in range(least, 2 * least) if positions % n == 0), least)
     return math.ceil(positions / chunks)
 
@@ -80,8 +79,8 @@ class _MeanInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients):
         dtype = product_dtype(hidden)
-        logits = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
-        rows = chunk_rows(len(hidden), len(weight), logits, chunk_loss.memory)
+        logits = CPU_LOGITS if hidden.device.type == "cpu" else chunk_loss.gpu_logits
+        rows = chunk_rows(len(hidden), len(weight), logits)
         low_weight = weight.to(dtype)  # once for all chunks
         d_weight = torch.zeros_like(weight) if with_gradients else None
         results = [

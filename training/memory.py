@@ -4,8 +4,9 @@ generates for contexts up to 1,024: `python -m tests.cuda_scenarios memory` comp
 
 from dataclasses import dataclass
 
-from head import GPU_LOGITS, chunk_rows
+from head import ChunkLoss, chunk_rows
 from model import GPTConfig
+from training.hessian_product import TangentLoss
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Pass:
     copies_again: int  # … with checkpoint_activations, in the backward pass
     in_head: int  # besides the blocks'
     in_backward: int  # likewise
-    head_memory: int  # of its ChunkLoss
+    chunk: int  # logits of a chunk
     logit: int  # for each logit of a chunk
     embedding: int  # for each weight of the embedding, in the head
 
 
-TRAINING = Pass(36, 4, 2, 2, in_head=8, in_backward=14, head_memory=1, logit=4, embedding=6)
-HUTCHINSON = Pass(70, 8, 4, 0, in_head=20, in_backward=40, head_memory=4, logit=14, embedding=8)
+TRAINING = Pass(36, 4, 2, 2, in_head=8, in_backward=14, chunk=ChunkLoss.gpu_logits, logit=4, embedding=6)
+HUTCHINSON = Pass(70, 8, 4, 0, in_head=20, in_backward=40, chunk=TangentLoss.gpu_logits, logit=14, embedding=8)
 
 
 def peak_bytes(kind: Pass, config: GPTConfig, sequences: int, checkpointed: bool) -> int:
@@ -33,7 +34,7 @@ def peak_bytes(kind: Pass, config: GPTConfig, sequences: int, checkpointed: bool
     """
     C, V, L, tokens = config.n_embd, config.vocab_size, config.n_layer, sequences * config.block_size
     kept, copies = (kind.block_input, kind.copies_again) if checkpointed else (kind.block, kind.copies)
-    logits = chunk_rows(tokens, V, GPU_LOGITS, kind.head_memory) * V
+    logits = chunk_rows(tokens, V, kind.chunk) * V
     head = kind.in_head * tokens * C + kind.logit * logits + kind.embedding * V * C
     backward = (kind.in_backward + kind.block - kept) * tokens * C + 6 * V * C  # checkpointed: a block's tensors again
     copies *= 12 * L * C**2

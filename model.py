@@ -3,11 +3,9 @@
 Letters in the shape comments: B sequences, T tokens a sequence, C = n_embd channels, V = vocab_size.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -182,29 +180,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, block_size: int | None = None, dropout: float = 0.0) -> "GPT":
-        """A model with Hugging Face GPT-2 weights: a folder with config.json and model.safetensors, or a name on the
-        hub (`gpt2`, `gpt2-medium`, …), which is downloaded. A smaller `block_size` drops the later positions.
-        Raises OSError where the weights cannot be had, ValueError where they are not GPT-2's.
-        """
-        from huggingface_hub import snapshot_download
-        from safetensors.torch import load_file
+        """A model with GPT-2 weights: of a name on the hub, a folder or a ckpt.pt file. See `pretrained.load`."""
+        import pretrained  # which builds on this module
 
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name_or_folder, allow_patterns=["config.json", "model.safetensors"]))
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if theirs.get("model_type") != "gpt2" or theirs.get("activation_function", "gelu_new") != "gelu_new":
-            raise ValueError(f"{name_or_folder} is not a GPT-2 model")
-        positions = theirs["n_positions"]
-        if block_size and block_size > positions:
-            raise ValueError(f"{name_or_folder} has {positions} positions, fewer than block_size {block_size}")
-        sizes = (theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd"))
-        scaled = theirs.get("scale_attn_by_inverse_layer_idx", False)
-        model = cls(GPTConfig(block_size or positions, *sizes, dropout, True, scaled))
-        weights = {name.removeprefix("transformer."): w for name, w in load_file(folder / "model.safetensors").items()}
-        weights["wpe.weight"] = weights["wpe.weight"][:block_size]
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):  # Hugging Face's Conv1D keeps (in, out)
-                weights[f"{name}.weight"] = weights[f"{name}.weight"].t()
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        return model
+        return pretrained.load(name_or_folder, block_size, dropout)

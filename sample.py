@@ -1,6 +1,7 @@
 """Print text that a trained model writes, as it writes it.
 
 python sample.py --out_dir=out --start="def main" --num_samples=3
+python sample.py --init_from=gpt2 --start="Once upon a time"
 """
 
 import argparse
@@ -12,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
-from records import checkpoints
+from records.loading import load_model
 from run import errors
 from run.machine import find_device
-from tokens.tokenizers import TOKENIZERS
 
 
 def main() -> None:
     parser = errors.Parser(__doc__)
-    parser.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
+    source.add_argument("--init_from", help="other weights: 'gpt2*', a folder that export.py wrote, a ckpt.pt file")
     parser.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     parser.add_argument("--num_samples", type=at_least(1), default=1, help="texts to write (default %(default)s)")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=500, help="tokens a text (default %(default)s)")
@@ -31,16 +32,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     options = parser.parse_args()
 
-    checkpoint = checkpoints.newest(Path(options.out_dir))
-    tokenizer = TOKENIZERS[checkpoint.tokenizer]
     device = find_device(options.device)
+    model, tokenizer, _ = load_model(options.out_dir, options.init_from, device)
     start = start_text(options.start)
     tokens = tokenizer.encode(start) or [tokenizer.end_of_text]
-    if max(tokens) >= checkpoint.config.vocab_size:
-        raise errors.UserError(f"--start has a token beyond the model's vocabulary of {checkpoint.config.vocab_size}")
-    model = GPT(checkpoint.config)
-    checkpoint.load_model(model)
-    model.to(device).eval()
+    if max(tokens) >= model.config.vocab_size:
+        raise errors.UserError(f"--start has a token beyond the model's vocabulary of {model.config.vocab_size}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     generator = torch.Generator(device).manual_seed(options.seed)

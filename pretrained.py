@@ -1,0 +1,147 @@
+"""GPT-2 weights of other programs: Hugging Face's folders, read and written; the ckpt.pt files of nanoGPT and of the
+code released with Sophia, read. Nothing in a file is executed.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from run.errors import UserError
+from run.files import read_json, write_json
+
+STANDARD = {  # what config.json may leave out; with another value it is another architecture
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "add_cross_attention": False,
+}
+
+
+class BadWeights(UserError, ValueError):
+    """Weights that cannot be had, or are not a GPT-2's."""
+
+
+def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GPT:
+    """A float32 model on the CPU with the weights of `source`: a name on the hub (`gpt2*`), which is downloaded, a
+    folder with config.json and model.safetensors, or a ckpt.pt file. A smaller `block_size` drops the later positions.
+    Raises BadWeights.
+    """
+    if os.path.isfile(source):
+        read = read_nanogpt
+    elif os.path.isdir(source) or source.startswith("gpt2"):
+        read = read_hugging_face
+    else:
+        places = "a hub name 'gpt2*', a folder or a ckpt.pt file (or, to train, 'scratch', 'resume' or 'auto')"
+        raise BadWeights(f"init_from = {source!r}: must be {places}")
+    try:
+        return make_model(*read(Path(source)), block_size, dropout)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadWeights(f"init_from = {source!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The shape, as GPTConfig's arguments, and the weights by name, of a ckpt.pt; ValueError where it is none."""
+    try:
+        # mmap: of the optimizer's state, twice as large as the weights, nothing is read
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shape = {name: int(value) for name, value in checkpoint["model_args"].items()}
+        weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in checkpoint["model"].items()}
+    except Exception:  # the wrong bytes can break torch.load anywhere, and its advice is to trust the file
+        raise ValueError(
+            "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers (nothing in it was run)"
+        ) from None
+    return shape, weights
+
+
+def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The shape, as GPTConfig's arguments, and the weights by name; ValueError or OSError where they are no GPT-2's."""
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"]))
+    try:
+        config = read_json(folder / "config.json")
+        weights = load_file(folder / "model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"config.json or model.safetensors is damaged: {error}") from None
+    if config.get("model_type") != "gpt2":
+        raise ValueError(f"config.json tells of model_type = {config.get('model_type')!r}, not 'gpt2'")
+    for name, value in STANDARD.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config.json has {name} = {config[name]!r}, but this GPT-2 is made for {value!r}")
+    shape = config | {"block_size": config.get("n_positions"), "bias": True}
+    return shape, {name: other_way_round(name, tensor) for name, tensor in weights.items()}
+
+
+def other_way_round(name: str, tensor: Tensor) -> Tensor:
+    """A block's matrix is (in, out) in Hugging Face's files, and (out, in) in nanoGPT's and in model.py."""
+    return tensor.t() if ".h." in f".{name}" and tensor.dim() == 2 else tensor
+
+
+def make_model(shape: dict[str, Any], weights: dict[str, Tensor], block_size: int | None, dropout: float) -> GPT:
+    """The model with these weights; ValueError where they are not a GPT-2's, or not of the shape."""
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    weights = {
+        name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }  # masks
+    if not {"wte.weight", "wpe.weight"} <= weights.keys():
+        raise ValueError("it has no tensors wte.weight and wpe.weight, which a GPT-2 has")
+    (vocab_size, n_embd), positions = weights["wte.weight"].shape, len(weights["wpe.weight"])
+    if not torch.equal(weights.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
+        raise ValueError("its output head is not its token embedding, to which this GPT-2 ties it")
+    if type(n_head := shape.get("n_head")) is not int or n_head < 1:
+        raise ValueError(f"n_head = {n_head!r} is not a number of heads")
+    n_layer, bias = sum(name.endswith("ln_1.weight") for name in weights), "ln_f.bias" in weights
+    scaled = bool(shape.get("scale_attn_by_inverse_layer_idx"))
+    config = GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, dropout, bias, scaled)
+    for name, value in dataclasses.asdict(config).items():
+        if name != "dropout" and shape.get(name, value) != value:
+            raise ValueError(f"{name} is said to be {shape[name]!r}, but its tensors have {value}")
+    if block_size and block_size > positions:
+        raise ValueError(f"it has {positions} positions, fewer than block_size {block_size}")
+    weights["wpe.weight"] = weights["wpe.weight"][:block_size]
+    with torch.device("meta"):  # no memory until the shapes are known to be right
+        model = GPT(dataclasses.replace(config, block_size=block_size or positions))
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    given = {name: tensor.shape for name, tensor in weights.items()}
+    if wrong := [name for name in expected | given if expected.get(name) != given.get(name)]:
+        raise ValueError(f"its tensor {wrong[0]} is missing, or one too many, or of another shape")
+    model.to_empty(device="cpu").load_state_dict(weights)
+    return model
+
+
+def write_hugging_face(model: GPT, folder: Path, vocab_size: int, end_of_text: int) -> None:
+    """Write config.json, generation_config.json and model.safetensors. Tokens from `vocab_size` on are left out, which
+    are padding; biases that the model lacks are zeros.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
+    weights["wte.weight"] = weights["wte.weight"][:vocab_size]
+    for name, tensor in list(weights.items()):
+        if name not in ("wte.weight", "wpe.weight") and name.endswith(".weight"):
+            weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(len(tensor)))
+    weights = {f"transformer.{name}": other_way_round(name, tensor).contiguous() for name, tensor in weights.items()}
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": len(weights["transformer.wte.weight"]),
+        "n_positions": model.config.block_size,
+        "n_layer": model.config.n_layer,
+        "n_head": model.config.n_head,
+        "n_embd": model.config.n_embd,
+        "scale_attn_by_inverse_layer_idx": model.config.scale_attn_by_inverse_layer_idx,
+        "torch_dtype": "float32",
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config | STANDARD | ends)
+    write_json(folder / "generation_config.json", ends)

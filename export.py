@@ -28,7 +28,7 @@ tags: [gpt2, {optimizer}]
 ---
 # {name}
 
-A GPT-2 with {parameters:.1f} million parameters, pretrained on {tokens:,} tokens of `{dataset}` with `{optimizer}`.
+A GPT-2 with {parameters:,} parameters, pretrained on {tokens:,} tokens of `{dataset}` with `{optimizer}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +92,7 @@ def model_card(checkpoint: checkpoints.Checkpoint, rows: list[dict[str, Any]], p
         name=settings["wandb_run_name"],
         optimizer=settings["optimizer"],
         dataset=settings["dataset"],
-        parameters=parameters / 1e6,
+        parameters=parameters,
         tokens=progress.step * settings["batch_size"] * settings["block_size"],
         losses=table(losses),
         command=shlex.join(["python", "train.py", *command]),

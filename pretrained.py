@@ -16,12 +16,10 @@ from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json, write_json
 
-STANDARD = {  # what config.json may leave out; with another value it is another architecture
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
+STANDARD = {  # what config.json may leave out; other values are of another architecture
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "add_cross_attention": False,
-}
+}  # fmt: skip
 
 
 class BadWeights(UserError, ValueError):
@@ -88,9 +86,8 @@ def other_way_round(name: str, tensor: Tensor) -> Tensor:
 def make_model(shape: dict[str, Any], weights: dict[str, Tensor], block_size: int | None, dropout: float) -> GPT:
     """The model with these weights; ValueError where they are not a GPT-2's, or not of the shape."""
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    weights = {
-        name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
-    }  # masks
+    masks = (".attn.bias", ".attn.masked_bias")  # which old files have
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(masks)}
     if not {"wte.weight", "wpe.weight"} <= weights.keys():
         raise ValueError("it has no tensors wte.weight and wpe.weight, which a GPT-2 has")
     (vocab_size, n_embd), positions = weights["wte.weight"].shape, len(weights["wpe.weight"])
@@ -128,20 +125,13 @@ def write_hugging_face(model: GPT, folder: Path, vocab_size: int, end_of_text: i
             weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(len(tensor)))
     weights = {f"transformer.{name}": other_way_round(name, tensor).contiguous() for name, tensor in weights.items()}
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": len(weights["transformer.wte.weight"]),
-        "n_positions": model.config.block_size,
-        "n_layer": model.config.n_layer,
-        "n_head": model.config.n_head,
-        "n_embd": model.config.n_embd,
-        "scale_attn_by_inverse_layer_idx": model.config.scale_attn_by_inverse_layer_idx,
-        "torch_dtype": "float32",
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
+    shape = dataclasses.asdict(model.config)
+    config = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")}
+    config |= {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32",
+        "vocab_size": len(weights["transformer.wte.weight"]), "n_positions": shape["block_size"],
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config | STANDARD | ends)
     write_json(folder / "generation_config.json", ends)

@@ -150,7 +150,7 @@ def test_gpu_check_tells_what_failed(check, capsys):
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert re.search(r"^tests_passed +False$", printed, re.MULTILINE)
-    assert "FAILED: the step of ours failed: UserError: init_from = 'nowhere': must be" in printed
+    assert "FAILED: the step of ours failed: BadWeights: init_from = 'nowhere': must be" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device")

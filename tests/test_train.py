@@ -297,7 +297,7 @@ def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refuses("init_from = 'gpt2-none' cannot be loaded: ", init_from="gpt2-none")
-    refuses("'scrach': must be 'scratch', 'resume', 'auto', a hub name 'gpt2*' or a folder", init_from="scrach")
+    refuses("'scrach': must be a hub name 'gpt2*', a folder or a ckpt.pt file (or, to train, 's", init_from="scrach")
     (tmp_path / "model.safetensors").write_bytes(b"x")
     shape = {"n_positions": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 1}
     for config in ("[]", json.dumps(shape), json.dumps(shape | {"model_type": "gpt2"})):

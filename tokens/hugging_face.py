@@ -22,29 +22,20 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str
         special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     else:
         raise UserError(f"the tokenizer {tokenizer.name!r} cannot be exported; gpt2 and bytes can")
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": tokenizer.end_of_text, "content": token} | flags for token in set(special.values())]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bool(merges)}
     return {
         "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": tokenizer.end_of_text, "content": token} | added for token in set(special.values())
-            ],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         },
-        "tokenizer_config.json": special
-        | {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": block_size,
+        "tokenizer_config.json": special | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
             "clean_up_tokenization_spaces": False,
         },
-    }
+    }  # fmt: skip
 
 
 def letters(token: bytes) -> str:

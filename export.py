@@ -30,12 +30,6 @@ tags: [gpt2, {optimizer}]
 
 A GPT-2 with {parameters:,} parameters, pretrained on {tokens:,} tokens of `{dataset}` with `{optimizer}`.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-```
-
 ## Losses
 
 | nats per token | |

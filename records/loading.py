@@ -12,9 +12,8 @@ from tokens.tokenizers import TOKENIZERS, Tokenizer
 
 
 def load_model(out_dir: str | None, init_from: str | None, device: torch.device) -> tuple[GPT, Tokenizer, str]:
-    """The model on `device`, in evaluation mode, its tokenizer, and where it came from: the weights `init_from` if they
-    are named (as `pretrained.load` takes them), otherwise the newest checkpoint of the run in `out_dir`. UserError
-    where there is none.
+    """The model on `device`, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
+    `pretrained.load` reads, or else the newest checkpoint of the run in `out_dir`. UserError where there is none.
     """
     if init_from is not None:
         model, name = pretrained.load(init_from), init_from

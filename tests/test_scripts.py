@@ -1,4 +1,4 @@
-"""sample.py, plot.py and data/stdlib/prepare.py, as a user calls them."""
+"""sample.py and data/stdlib/prepare.py, as a user calls them."""
 
 import json
 import subprocess
@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-import plot
 import sample
 from run.settings import ROOT
 from tokens.tokenizers import TOKENIZERS
@@ -35,28 +34,6 @@ def test_sample_refuses_what_it_cannot_use(refused, call, train, tmp_path):
     train(tmp_path / "run", max_iters=1)
     missing = ["--out_dir", tmp_path / "run", "--start", "FILE:nowhere.txt"]
     assert "nowhere.txt cannot be read" in refused(lambda: call(sample, *missing))
-
-
-def test_plot_draws_the_curves_of_several_runs(train, call, tmp_path):
-    for name in ("one", "two"):
-        train(tmp_path / name, max_iters=3)
-    picture = tmp_path / "curves.png"
-    assert call(plot, tmp_path / "one", tmp_path / "two", "-o", picture).strip() == str(picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    pixels = plot.plt.imread(picture)
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
-
-
-def test_plot_refuses_a_folder_without_metrics(refused, call, tmp_path):
-    assert "metrics.jsonl does not exist" in refused(lambda: call(plot, tmp_path))
-    (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
-    assert "line 1: not a row of metrics" in refused(lambda: call(plot, tmp_path))
-
-
-def test_plot_refuses_a_picture_it_cannot_write(refused, call, train, tmp_path):
-    train(tmp_path / "run", max_iters=1)
-    assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "nowhere" / "x.png"))
-    assert "cannot write" in refused(lambda: call(plot, tmp_path / "run", "-o", tmp_path / "x.docx"))
 
 
 def test_the_standard_library_gives_the_same_data_every_time(tmp_path):

@@ -139,7 +139,7 @@ def train(
         meter = Meter(settings, machine, batches, progress, model.flops_per_token())
         if not checkpoint:
             val_loss = meter.note_validation(evaluate(model, batches))
-            metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "val/loss": val_loss})
+            metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0, "val/loss": val_loss})
             writer.begin(progress)
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
         meter.restart()
@@ -167,6 +167,8 @@ def train(
         why = f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}"
         machine.note(f"{why}, whose checkpoint is written; the same command with --init_from=auto goes on")
         sys.exit(EXIT_CODE)
+    content = "checkpoints/, metrics.jsonl and settings.json"
+    machine.note(f"done: {folder.path} has {content}; python plot.py {folder.path} draws the losses")
 
 
 if __name__ == "__main__":

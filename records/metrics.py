@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from run.errors import UserError, warn
-from run.settings import Settings
+from run.settings import ROOT, Settings
 
 FILE = "metrics.jsonl"
 
@@ -61,6 +62,8 @@ class Metrics:
         if self.active:
             self.bar.close()
             if self.wandb:
+                if kind is None:
+                    summarize(self.wandb, self.path)
                 self.wandb.finish(exit_code=0 if kind is None else 1)
 
 
@@ -101,7 +104,32 @@ def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
             id=identity.read_text(encoding="utf-8"),
             resume="allow",
             dir=out_dir,
-            config=asdict(settings),
+            config=asdict(settings) | {"commit": commit()},
         )
     except wandb.errors.Error as error:
         raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
+
+
+def commit() -> str | None:
+    """The commit of this program, with `-dirty` at its end where tracked files differ; None outside a git checkout."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def summarize(run: Any, path: Path) -> None:
+    """Give a wandb run its best validation loss and the picture of its losses; the last loss is in its summary."""
+    import matplotlib.pyplot  # noqa: F401, which wandb.Image takes for loaded
+    import wandb
+
+    from records import curves
+
+    try:
+        (curve,) = curves.read_curves([path.parent])
+        steps, losses = curve.points("step", "val/loss")[:2]
+        run.summary.update({"best_val_loss": losses.min(), "best_step": int(steps[losses.argmin()])})
+        run.log({"losses": wandb.Image(curves.picture([curve]))}, step=max(curve.runs[0]))
+    except Exception as error:  # no picture is worth a run that counts as failed
+        warn(f"wandb has no picture of the losses: {error}")

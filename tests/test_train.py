@@ -1,7 +1,9 @@
 """train.py on one rank: what a step computes, what its rows say, and what is refused before anything is written."""
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
+from records import metrics
 from run import errors
 from run.settings import ROOT
 from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
@@ -116,7 +119,7 @@ def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):
 
 def test_metrics_mean_what_they_say(train, tmp_path, dataset):
     rows = train(tmp_path / "run", optimizer="sophiag", grad_clip=0.5, max_iters=10)
-    assert rows[0].keys() == {"step", "tokens", "seconds", "val/loss"}
+    assert rows[0].keys() == {"step", "tokens", "seconds", "flops", "val/loss"}
     assert rows[10]["tokens"] == 10 * 8 * 16
     assert rows[1]["lr"] == pytest.approx(6e-4 / 3)
     assert rows[10]["clip_rate"] == pytest.approx(sum(row["grad_norm"] > 0.5 for row in rows[1:]) / 10)
@@ -129,6 +132,16 @@ def test_metrics_mean_what_they_say(train, tmp_path, dataset):
     # the training loss is that of the whole batch, before the update
     with torch.no_grad():
         assert initial_model()(*first_batch(dataset)).item() == pytest.approx(rows[1]["train/loss"], abs=1e-6)
+
+
+def test_floating_point_operations_count_the_estimates(train, tmp_path):
+    """One of 4 sequences at steps 1 and 6, beside 8 sequences a step; Hutchinson's costs 8/3 of training on them."""
+    token = initial_model().flops_per_token()
+    for optimizer, passes in {"lion": 0, "sophiag": 1, "sophiah": 8 / 3}.items():
+        rows = train(tmp_path / optimizer, optimizer=optimizer, max_iters=6)
+        assert rows[0]["flops"] == 0
+        assert rows[5]["flops"] == pytest.approx(16 * (5 * 8 + 1 * 4 * passes) * token)
+        assert rows[6]["flops"] == pytest.approx(16 * (6 * 8 + 2 * 4 * passes) * token)
 
 
 def test_validation_covers_the_whole_split_in_fixed_blocks(train, tmp_path, dataset):
@@ -148,15 +161,21 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.runs, self.rows, self.exit_codes = [], [], []
+        self.runs, self.rows, self.exit_codes, self.summary, self.pictures = [], [], [], {}, []
 
     def init(self, **options):
         self.runs.append(options)
         return self
 
     def log(self, row, step):
-        assert row["step"] == step
-        self.rows.append(row)
+        if "losses" in row:
+            self.pictures.append((step, row["losses"]))
+        else:
+            assert row["step"] == step
+            self.rows.append(row)
+
+    def Image(self, figure):  # noqa: N802, wandb's own name
+        return figure.axes[0].lines[1].get_xydata().tolist()  # of the validation loss
 
     def finish(self, exit_code):
         self.exit_codes.append(exit_code)
@@ -178,6 +197,47 @@ def test_wandb_gets_the_rows_of_a_run_and_of_its_resumption_under_one_id(train, 
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
     assert wandb.exit_codes == [0, 0]
+
+
+def test_wandb_gets_the_best_loss_the_commit_and_a_picture(train, tmp_path, wandb):
+    train(tmp_path, wandb_log=True, max_iters=3, eval_interval=2)
+    rows = train(tmp_path, wandb_log=True, max_iters=5, eval_interval=2, init_from="resume", learning_rate=0.3)
+    losses = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
+    best = min(losses, key=losses.get)
+    assert wandb.summary == {"best_val_loss": losses[best], "best_step": best}
+    assert wandb.runs[0]["config"]["commit"] == metrics.commit()
+    curve = [[step, loss] for step, loss in losses.items()]
+    assert wandb.pictures == [(3, curve[:3]), (5, curve)]
+
+
+def test_a_commit_is_said_with_changes_and_nothing_is_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "ROOT", tmp_path)
+    assert metrics.commit() is None
+
+    def git(*command):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    assert re.fullmatch("[0-9a-f]{40}", clean := metrics.commit())
+    (tmp_path / "file").write_text("two")
+    assert metrics.commit() == f"{clean}-dirty"
+
+
+def test_a_picture_that_fails_does_not_fail_the_run(train, tmp_path, wandb, monkeypatch, capsys):
+    monkeypatch.setattr(wandb, "Image", None)
+    assert train(tmp_path, wandb_log=True, max_iters=2)[-1]["step"] == 2
+    assert "wandb has no picture of the losses" in capsys.readouterr().err
+    assert wandb.exit_codes == [0]
+
+
+def test_a_run_ends_with_a_line_that_says_where_everything_is(train, tmp_path, capsys):
+    train(tmp_path, max_iters=2)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"done: {tmp_path} has checkpoints/, metrics.jsonl and settings.json")
 
 
 def test_wandb_hears_of_a_run_that_failed_and_its_own_error_is_one_line(train, tmp_path, wandb, monkeypatch):

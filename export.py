@@ -10,10 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-import plot
 from model import GPT
 from pretrained import write_hugging_face
-from records import checkpoints
+from records import checkpoints, curves
 from run import errors
 from run.files import write_json
 from run.settings import Settings
@@ -60,10 +59,11 @@ def main() -> None:
     model, tokenizer = GPT(checkpoint.config), TOKENIZERS[checkpoint.tokenizer]
     checkpoint.load_model(model)
     files = tokenizer_files(tokenizer, model.config.block_size)
-    card = model_card(checkpoint, plot.rows_of(options.out_dir), sum(p.numel() for p in model.parameters()))
+    (curve,) = curves.read_curves([options.out_dir])
+    card = model_card(checkpoint, curve.runs[0], sum(p.numel() for p in model.parameters()))
     try:
         options.to.mkdir(parents=True)
-        plot.save([options.out_dir], options.to / "curves.png")
+        curves.picture([curve]).savefig(options.to / "curves.png", dpi=200)
         (options.to / "README.md").write_text(card, encoding="utf-8")
         for name, content in files.items():
             write_json(options.to / name, content)
@@ -73,14 +73,14 @@ def main() -> None:
     print(options.to.resolve())
 
 
-def model_card(checkpoint: checkpoints.Checkpoint, rows: list[dict[str, Any]], parameters: int) -> str:
-    """README.md: what the checkpoint is, of `rows` of its run's metrics, and its number of parameters."""
+def model_card(checkpoint: checkpoints.Checkpoint, rows: dict[int, dict[str, Any]], parameters: int) -> str:
+    """README.md: what the checkpoint is; `rows` are its run's metrics by step."""
     progress, defaults = checkpoint.progress, dataclasses.asdict(Settings())
     settings = checkpoint.settings | {"init_from": progress.started_from}
     losses = {}
     for key in ("train/loss", "val/loss"):
-        if known := [row for row in rows if key in row and row["step"] <= progress.step]:
-            losses[f"{key} at step {known[-1]['step']}"] = f"{known[-1][key]:.4f}"
+        if steps := [step for step, row in rows.items() if key in row and step <= progress.step]:
+            losses[f"{key} at step {steps[-1]}"] = f"{rows[steps[-1]][key]:.4f}"
     command = [f"--{name}={value}" for name, value in settings.items() if value != defaults.get(name)]
     return CARD.format(
         name=settings["wandb_run_name"],

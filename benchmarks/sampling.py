@@ -1,6 +1,8 @@
 """The speed of generation, beside nanoGPT's with the same weights, both in float32 and eager."""
 
+import contextlib
 import functools
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -22,7 +24,8 @@ def sample(options: Namespace, settings: Settings, machine: Machine) -> dict[str
     models = {"ours": ours}
     for folder in options.peer:
         peers.machines(folder, machine)  # refuses what is no peer
-        theirs = models[folder.resolve().name] = peers.model(settings, folder)
+        with contextlib.redirect_stdout(sys.stderr):  # where peers may print what they like
+            theirs = models[folder.resolve().name] = peers.model(settings, folder)
         theirs.transformer.load_state_dict(ours.state_dict())
     prompt = torch.randint(ours.config.vocab_size, (1, PROMPT), device=machine.device)
     functions = {}

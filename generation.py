@@ -3,8 +3,7 @@
 Letters in the shape comments: B sequences, T new tokens of each, N tokens of the longest, C channels, V = vocab_size.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from head import product_dtype
 
-if TYPE_CHECKING:
-    from model import GPT
-
 
 @torch.no_grad()
-def stream(
-    model: "GPT",
-    prompts: Iterable[Tensor],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yield `max_new_tokens` continuations of the prompts, one token (B, 1) at a time; `draw` explains the options.
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Iterator[Tensor]:
+    """Yield `max_new_tokens` tokens by which a GPT in eval mode continues prompts, (B, 1) at a time; options as `draw`'s.
     Prompts are the rows of a tensor (B, T), or B tensors of any lengths from 1: each goes on as it would alone.
 
     The context is the last block_size tokens of the prompt and what follows. When it is full its older half is
@@ -59,7 +47,7 @@ def stream(
 class Cache:
     """The keys and values of B sequences, for up to `size` tokens each."""
 
-    def __init__(self, model: "GPT", sequences: int, size: int):
+    def __init__(self, model, sequences: int, size: int):
         config, weight = model.config, model.wte.weight
         shape = config.n_layer, 2, sequences, config.n_head, size, config.n_embd // config.n_head
         self.model, self.layers = model, weight.new_zeros(shape, dtype=product_dtype(weight))

@@ -15,7 +15,7 @@ from head import product_dtype
 
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Iterator[Tensor]:
-    """Yield `max_new_tokens` tokens by which a GPT in eval mode continues prompts, (B, 1) at a time; options as `draw`'s.
+    """Yield `max_new_tokens` continuations by a GPT in eval mode, one token (B, 1) at a time. `draw` has the options.
     Prompts are the rows of a tensor (B, T), or B tensors of any lengths from 1: each goes on as it would alone.
 
     The context is the last block_size tokens of the prompt and what follows. When it is full its older half is

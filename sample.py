@@ -42,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=between(0), default=1337, help="same seed, same text (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
     options = parser.parse_args()
 
     checkpoint = checkpoints.newest(Path(options.out_dir))
@@ -56,6 +57,7 @@ def main() -> None:
     model.to(device).eval()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    model.to(getattr(torch, options.dtype))
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def encode(text: str) -> list[int]:

@@ -129,12 +129,14 @@ def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tm
     assert first.count("-" * 40) == 5
     assert first == call(*options, *drawn)
     assert first != call(*options, *drawn, "--seed", 5)
+    assert call(*options, "--dtype", "bfloat16", "--start", lines[0]).startswith(lines[0])
 
 
 def test_sample_refuses_prompts_it_cannot_use(refused, call, train, tmp_path):
     for share in (-0.1, 1.5, "nan"):
         assert f"--top_p: {share} is not from 0 to 1" in refused(lambda share=share: call(sample, "--top_p", share))
     two = ["--start", "a", "--interactive"]
+    assert "--dtype: invalid choice: 'int8'" in refused(lambda: call(sample, "--dtype", "int8"))
     assert "--interactive: not allowed with argument --start" in refused(lambda: call(sample, *two))
     train(tmp_path / "run", max_iters=1)
     options = [sample, "--out_dir", tmp_path / "run", "--prompts"]

@@ -4,7 +4,6 @@ Letters in the shape comments: B sequences, T tokens a sequence, C = n_embd chan
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from generation import stream
 from head import ChunkLoss, mean_in_chunks
 from sophia import labels_from_uniforms
 
@@ -155,28 +155,9 @@ class GPT(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None) -> Iterator[Tensor]:
-        """Yield `max_new_tokens` continuations of `idx` (B, T), one token (B, 1) at a time. Temperature 0 (or below
-        1e-6) takes the most likely token; `top_k` samples from the k most likely. Context beyond block_size is
-        forgotten.
-        """
-        for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
-            logits = F.linear(last, self.wte.weight).float()  # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature < 1e-6:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, token), dim=1)
-            yield token
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None) -> Tensor:
-        """`idx` (B, T) and its continuation, (B, T + max_new_tokens); see `stream`."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Tensor:
+        """`idx` (B, T) and its continuation, (B, T + max_new_tokens); generation.py tells more."""
+        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, block_size: int | None = None, dropout: float = 0.0) -> "GPT":

@@ -2,20 +2,28 @@
 
 python sample.py --out_dir=out --start="def main" --num_samples=3
 python sample.py --init_from=gpt2 --start="Once upon a time"
+python sample.py --out_dir=out --prompts=lines.txt     what follows each line, all at once
+python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C stops one, Ctrl-D ends
 """
 
 import argparse
 import codecs
+import contextlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from generation import stream
 from records.loading import load_model
 from run import errors
 from run.machine import find_device
+from tokens.tokenizers import Tokenizer
+
+RULE = "\n" + "-" * 40  # between texts
 
 
 def main() -> None:
@@ -23,35 +31,85 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
     source.add_argument("--init_from", help="other weights: 'gpt2*', a folder that export.py wrote, a ckpt.pt file")
-    parser.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
-    parser.add_argument("--num_samples", type=at_least(1), default=1, help="texts to write (default %(default)s)")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=500, help="tokens a text (default %(default)s)")
-    parser.add_argument("--temperature", type=at_least(0, float), default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=at_least(1), help="sample from the k likeliest tokens only")
-    parser.add_argument("--seed", type=at_least(0), default=1337, help="same seed, same text (default %(default)s)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
+    prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
+    prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
+    parser.add_argument("--num_samples", type=between(1), default=1, help="texts a prompt (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=between(1), default=500, help="tokens a text (default %(default)s)")
+    parser.add_argument("--temperature", type=between(0, kind=float), default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=between(1), help="sample from the k likeliest tokens only")
+    parser.add_argument(
+        "--top_p", type=between(0, 1, float), default=1.0, help="sample from the likeliest that reach this share only"
+    )
+    parser.add_argument("--seed", type=between(0), default=1337, help="same seed, same text (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
     options = parser.parse_args()
 
     device = find_device(options.device)
     model, tokenizer, _ = load_model(options.out_dir, options.init_from, device)
     start = start_text(options.start)
-    tokens = tokenizer.encode(start) or [tokenizer.end_of_text]
-    if max(tokens) >= model.config.vocab_size:
-        raise errors.UserError(f"--start has a token beyond the model's vocabulary of {model.config.vocab_size}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    model.to(getattr(torch, options.dtype))
     generator = torch.Generator(device).manual_seed(options.seed)
-    prompt = torch.tensor([tokens], device=device)
 
-    for number in range(options.num_samples):
-        if number:
-            print("\n" + "-" * 40)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-        sys.stdout.write(start)
-        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
-            sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token[0].tolist())))
-            sys.stdout.flush()
-        print(decoder.decode(b"", final=True))
+    def encode(text: str) -> list[int]:
+        tokens = tokenizer.encode(text) or [tokenizer.end_of_text]
+        if max(tokens) >= model.config.vocab_size:
+            raise errors.UserError(f"a token is beyond the model's vocabulary of {model.config.vocab_size}")
+        return tokens
+
+    def continued(*prompts: list[int]) -> Iterator[Tensor]:
+        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+        limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
+        return stream(model, rows, *limits, generator)
+
+    if options.interactive:
+        interact(lambda text: write(text, continued(encode(text)), tokenizer))
+    elif options.prompts:
+        texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
+        if not texts:
+            raise errors.UserError(f"--prompts: {options.prompts} has no line to continue")
+        texts = [text for text in texts for _ in range(options.num_samples)]
+        rows = torch.cat(list(continued(*map(encode, texts))), dim=1).tolist()
+        ends = [tokenizer.decode_bytes(row).decode(errors="replace") for row in rows]
+        print(f"{RULE}\n".join(text + end for text, end in zip(texts, ends, strict=True)))
+    else:
+        for number in range(options.num_samples):
+            if number:
+                print(RULE)
+            write(start, continued(encode(start)), tokenizer)
+
+
+def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:
+    """Print the start and, as they come, the tokens (1, 1) that follow."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
+    sys.stdout.write(start)
+    for token in tokens:
+        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token[0].tolist())))
+        sys.stdout.flush()
+    print(decoder.decode(b"", final=True))
+
+
+def interact(answer: Callable[[str], None]) -> None:
+    """Answer the lines of the terminal until an empty one or Ctrl-D. Ctrl-C stops an answer."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - gives input() a history on the arrow keys
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            if not (text := input("> ")):
+                return
+            answer(text)
+        except KeyboardInterrupt:
+            print()
+        except errors.UserError as error:
+            errors.say(error)
+        except EOFError:
+            print()
+            return
 
 
 def start_text(start: str) -> str:
@@ -61,16 +119,16 @@ def start_text(start: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"--start: {path} cannot be read as UTF-8 text: {error}") from None
+        raise errors.UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+def between(least: int, most: int = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
     """Converts an option's text."""
 
     def convert(text: str) -> float:
         number = kind(text)
-        if not least <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to 2^63 - 1")
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
         return number
 
     return convert

@@ -1,8 +1,9 @@
-"""Measure training on random tokens: medians over rounds in alternation, after a warm-up.
+"""Measure training and sampling on random tokens: medians over rounds in alternation, after a warm-up.
 
     python -m benchmarks train       the training step, beside --peer DIR: checkouts of nanoGPT or the released Sophia
     python -m benchmarks profile     where the time of a training step goes; --trace FILE.json keeps it for a viewer
     python -m benchmarks curvature   what Sophia costs: curvature passes and updates, against training and AdamW
+    python -m benchmarks sample      500 tokens after 16, in float32; the --peer is nanoGPT with the same weights
 
 Other arguments are config files and settings, as train.py takes them; batch_size is one micro-batch if not given.
 """
@@ -10,21 +11,23 @@ Other arguments are config files and settings, as train.py takes them; batch_siz
 import json
 from pathlib import Path
 
-from benchmarks import curvature, step
+from benchmarks import curvature, sampling, step
 from benchmarks.common import describe
 from run import errors
 from run.machine import set_up
 from run.settings import read
 from tokens.batches import check_batch
 
-BENCHMARKS = {"train": step.train, "profile": step.profile, "curvature": curvature.curvature}
+BENCHMARKS = {"train": step.train, "profile": step.profile, "curvature": curvature.curvature, "sample": sampling.sample}
 
 
 def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=10, help="rounds that are timed (default 10)")
-    parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", default=[], help="what `train` compares with")
+    parser.add_argument(
+        "--peer", nargs="+", type=Path, metavar="DIR", default=[], help="what `train` and `sample` compare with"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="where `profile` writes a trace")
     parser.add_argument("--json", action="store_true", help="print the result on one line")
     options, arguments = parser.parse_known_args()
@@ -33,8 +36,8 @@ def main() -> None:
     settings = read([f"--batch_size={read(arguments).micro_batch_size}", *arguments])
     check_batch(settings, ranks=1)
     machine = set_up(settings)
-    result = BENCHMARKS[options.benchmark](options, settings, machine)
-    result |= describe(machine) | {"rounds": options.rounds}
+    conditions = describe(machine) | {"rounds": options.rounds}
+    result = conditions | BENCHMARKS[options.benchmark](options, settings, machine)
     print(json.dumps(result, indent=None if options.json else 4))
 
 

@@ -43,13 +43,15 @@ def measure(function: Callable[[], Any], device: torch.device) -> Measurement:
     return Measurement(seconds, kilobytes and 1024 * int(kilobytes))
 
 
-def alternate(functions: dict[Any, Callable[[], Measurement]], rounds: int) -> dict[Any, Measurement]:
+def alternate(
+    functions: dict[Any, Callable[[], Measurement]], rounds: int, warm_up: int = WARM_UP
+) -> dict[Any, Measurement]:
     """Call all of them in turn, round after round. Returns the median seconds and the last peak of each."""
     taken: dict[Any, list[Measurement]] = {name: [] for name in functions}
-    for _ in range(WARM_UP + rounds):
+    for _ in range(warm_up + rounds):
         for name, function in functions.items():
             taken[name].append(function())
-    median = {name: statistics.median(m.seconds for m in taken[name][WARM_UP:]) for name in taken}
+    median = {name: statistics.median(m.seconds for m in taken[name][warm_up:]) for name in taken}
     return {name: Measurement(median[name], taken[name][-1].peak_bytes) for name in taken}
 
 

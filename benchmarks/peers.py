@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,20 +38,25 @@ def is_sophia(folder: Path) -> bool:
     return (folder / "sophia.py").exists()
 
 
-def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool], None]:
-    """The update of the peer's train script, on one batch, for our settings."""
-    set_matmul_precision(settings, machine.device)
+def model(settings: Settings, folder: Path) -> nn.Module:
+    """The peer's model, for our settings."""
     for name in ("model", "sophia"):  # ours, which theirs would be taken for
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     theirs = importlib.import_module("model")
     shape = {name: getattr(settings, name) for name in "block_size n_layer n_head n_embd dropout bias".split()}
-    raw = theirs.GPT(theirs.GPTConfig(vocab_size=-(-GPT2.vocab_size // 64) * 64, **shape)).to(machine.device)
+    return theirs.GPT(theirs.GPTConfig(vocab_size=-(-GPT2.vocab_size // 64) * 64, **shape))
+
+
+def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool], None]:
+    """The update of the peer's train script, on one batch, for our settings."""
+    set_matmul_precision(settings, machine.device)
+    raw = model(settings, folder).to(machine.device)
     sophia, device = is_sophia(folder), machine.device
     options = [settings.weight_decay, settings.learning_rate, (settings.beta1, settings.beta2)]
     options = ["sophiag", *options, 0.05, device.type] if sophia else [*options, device.type]
     optimizer = raw.configure_optimizers(*options)
-    model = torch.compile(raw) if machine.compile else raw
+    called = torch.compile(raw) if machine.compile else raw
     passes = settings.batch_size // settings.micro_batch_size
     x, y = torch.randint(GPT2.vocab_size, (2, settings.micro_batch_size, settings.block_size), device=device)
 
@@ -62,12 +68,12 @@ def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool],
         torch.nn.utils.clip_grad_norm_(raw.parameters(), settings.grad_clip)
 
     def sampled_loss() -> Tensor:
-        logits, _ = model(x, 0)
+        logits, _ = called(x, 0)
         labels = torch.distributions.Categorical(logits=logits).sample()
         return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), ignore_index=-1)
 
     def update(with_estimate: bool) -> None:
-        gradients(lambda: model(x, y)[1])
+        gradients(lambda: called(x, y)[1])
         optimizer.step(**({"bs": settings.batch_size * settings.block_size} if sophia else {}))
         optimizer.zero_grad(set_to_none=True)
         if with_estimate:

@@ -1,13 +1,17 @@
-"""python -m benchmarks: the speed of training beside other projects, where its time goes, and what Sophia costs."""
+"""python -m benchmarks: training and sampling beside other projects, where the time goes, and what Sophia costs."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import gpu_check
+from run.settings import ROOT
 from tests.conftest import arguments
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
@@ -53,6 +57,23 @@ class SophiaG(torch.optim.SGD):
     def update_hessian(self):
         assert all(p.grad is not None for group in self.param_groups for p in group["params"])
 """
+PEER_THAT_GENERATES = f"""
+import runpy
+import torch
+
+globals().update(runpy.run_path({str(ROOT / "model.py")!r}))
+Ours = GPT
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = Ours(config)
+        print("a line that must not get into the JSON")
+
+    def generate(self, idx, max_new_tokens, top_k):
+        assert idx.shape == (1, 16) and max_new_tokens == 500
+        return self.transformer.generate(idx, max_new_tokens, top_k=top_k)
+"""
 
 
 @pytest.fixture
@@ -80,6 +101,17 @@ def test_train_compares_our_step_with_a_peers(call, peer, tmp_path):
         if name != "ours":
             assert result[f"speed_over_{name}"] == seconds / result["seconds_ours"]
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_compares_our_generation_with_a_peers(tmp_path):
+    (tmp_path / "model.py").write_text(PEER_THAT_GENERATES)
+    command = [sys.executable, "-m", "benchmarks", "sample", *SMALL, "--peer", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = json.loads(subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    for name in ("ours", tmp_path.name):
+        assert result[f"tokens_per_second_{name}"] == 500 / result[f"seconds_{name}"]
+    assert result[f"speed_over_{tmp_path.name}"] == result[f"seconds_{tmp_path.name}"] / result["seconds_ours"]
+    assert (result["dtype"], result["rounds"]) == ("float32", 2)
 
 
 def test_train_ends_with_the_name_of_the_step_that_fails(call, refused, peer):

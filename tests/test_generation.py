@@ -1,0 +1,177 @@
+"""Generation with cached keys and values against the model without, the options of drawing, and sample.py's modes."""
+
+import os
+import pty
+import select
+import signal
+import sys
+
+import pytest
+import torch
+
+import sample
+from generation import Cache, draw, stream
+from model import GPT, GPTConfig
+from run.settings import ROOT
+
+TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16, bias=True)
+
+
+@pytest.fixture(params=[False, True], ids=["", "scaled"])
+def model(request):
+    torch.manual_seed(0)
+    config = TINY if not request.param else GPTConfig(**vars(TINY) | {"scale_attn_by_inverse_layer_idx": True})
+    model = GPT(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))  # a model with preferences
+    return model
+
+
+def uncached(model, prompt, count):
+    """The likeliest continuation of a list of tokens, by the whole model for every token. A context that is full loses
+    its older half.
+    """
+    size, context, new = model.config.block_size, prompt[-model.config.block_size :], []
+    for _ in range(count):
+        new.append(model(torch.tensor([context]))[0, -1].argmax().item())
+        if len(context) == size:
+            context = context[(size + 1) // 2 :]
+        context = [*context, new[-1]]
+    return new
+
+
+def likeliest(model, prompts, count):
+    return torch.cat(list(stream(model, prompts, count, temperature=0)), dim=1).tolist()
+
+
+def test_cached_logits_equal_uncached_ones(model):
+    idx, cache = torch.randint(64, (3, 16)), Cache(model, 3, 16)
+    places, expected = torch.arange(16), model.hidden(idx)
+    found = [cache.hidden(idx[:, :5], places[None, :5], 5)]
+    found += [cache.hidden(idx[:, t : t + 1], places[t].expand(3, 1), t + 1) for t in range(5, 16)]
+    logits, expected = (hidden @ model.wte.weight.T for hidden in (torch.cat(found, dim=1), expected))
+    assert expected.abs().max() > 1
+    assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [16, 15, 1])
+def test_a_text_goes_on_as_without_a_cache_also_beyond_the_context(size):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**vars(TINY) | {"block_size": size})).eval().requires_grad_(False)
+    model.wte.weight.mul_(50)
+    for length in (1, 15, 16, 17, 40):
+        prompt = torch.randint(64, (1, length))
+        assert likeliest(model, prompt, 45) == [uncached(model, prompt[0].tolist(), 45)]
+        assert torch.equal(model.generate(prompt, 3)[:, :length], prompt)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+
+
+def test_prompts_of_different_lengths_go_on_as_each_would_alone(model):
+    prompts = [torch.randint(64, (length,)) for length in (3, 16, 1, 9, 30)]
+    found = likeliest(model, prompts, 40)  # in which every context is full more than once
+    assert len({tuple(row) for row in found}) == 5
+    assert found == [uncached(model, prompt.tolist(), 40) for prompt in prompts]
+
+
+def test_generation_runs_under_autocast_and_in_bfloat16(model):
+    idx = torch.randint(64, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(idx, 20).shape == (2, 25)
+    assert model.bfloat16().generate(idx, 20).shape == (2, 25)
+
+
+# Drawing
+
+
+def frequencies(logits, top_k=None, top_p=1.0):
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(logits.expand(20_000, -1), 0.7, top_k, top_p, generator).flatten()
+    return drawn.bincount(minlength=logits.shape[-1]) / len(drawn)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (None, 0.9), (None, 0.5), (None, 1e-9), (None, 0), (4, 0.8)])
+def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_k, top_p):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(1, 12)
+    probabilities = (logits / 0.7).softmax(dim=-1)[0].tolist()
+    order = sorted(range(12), key=lambda token: -probabilities[token])[:top_k]
+    whole, kept = sum(probabilities[token] for token in order), []
+    for token in order:
+        kept.append(token)
+        if sum(probabilities[token] for token in kept) >= top_p * whole:
+            break
+    total = sum(probabilities[token] for token in kept)
+    expected = torch.tensor([probabilities[token] / total if token in kept else 0 for token in range(12)])
+    found = frequencies(logits, top_k, top_p)
+    assert torch.equal(found > 0, (expected > 0) & (found > 0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.015)
+    assert len(kept) == {1.0: 12, 1e-9: 1, 0: 1}.get(top_p, len(kept))
+
+
+def test_top_p_of_one_changes_nothing(model):
+    idx = torch.randint(64, (2, 5))
+    texts = [model.generate(idx, 20, generator=torch.Generator().manual_seed(1), **o) for o in ({}, {"top_p": 1.0})]
+    assert torch.equal(*texts)
+
+
+# sample.py
+
+
+def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tmp_path):
+    train(tmp_path / "run", max_iters=3)
+    options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20, "--temperature", 0]
+    lines = ["12 squared is", "Grüße", " 7"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n")
+    texts = call(*options, "--prompts", tmp_path / "lines.txt").split("\n" + "-" * 40 + "\n")
+    assert "".join(texts) == "".join(call(*options, "--start", line) for line in lines).replace("\n", "") + "\n"
+    drawn = ["--prompts", tmp_path / "lines.txt", "--temperature", 1, "--top_p", 0.9, "--num_samples", 2]
+    first = call(*options, *drawn)
+    assert first.count("-" * 40) == 5
+    assert first == call(*options, *drawn)
+    assert first != call(*options, *drawn, "--seed", 5)
+    assert call(*options, "--dtype", "bfloat16", "--start", lines[0]).startswith(lines[0])
+
+
+def test_sample_refuses_prompts_it_cannot_use(refused, call, train, tmp_path):
+    for share in (-0.1, 1.5, "nan"):
+        assert f"--top_p: {share} is not from 0 to 1" in refused(lambda share=share: call(sample, "--top_p", share))
+    two = ["--start", "a", "--interactive"]
+    assert "--dtype: invalid choice: 'int8'" in refused(lambda: call(sample, "--dtype", "int8"))
+    assert "--interactive: not allowed with argument --start" in refused(lambda: call(sample, *two))
+    train(tmp_path / "run", max_iters=1)
+    options = [sample, "--out_dir", tmp_path / "run", "--prompts"]
+    assert "nowhere.txt cannot be read" in refused(lambda: call(*options, "nowhere.txt"))
+    (tmp_path / "blank.txt").write_text("\n \n")
+    assert "blank.txt has no line to continue" in refused(lambda: call(*options, tmp_path / "blank.txt"))
+
+
+def test_sample_talks_at_a_terminal(train, tmp_path):
+    train(tmp_path / "run", max_iters=1)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        options = [f"--out_dir={tmp_path / 'run'}", "--interactive", "--max_new_tokens=1000000", "--top_k=1"]
+        os.execve(sys.executable, [sys.executable, "sample.py", *options], os.environ | {"TERM": "dumb"})
+
+    def read_until(text):
+        seen = b""
+        while not seen.replace(b"\r", b"").endswith(text):
+            assert select.select([terminal], [], [], 120)[0], seen
+            seen += os.read(terminal, 1)
+        return seen
+
+    try:
+        read_until(b"> ")
+        for keys in (b"squared\n", b"\x1b[A\n"):  # then the key that brings the last line back
+            os.write(terminal, keys)
+            read_until(b"squared\nsquared")  # what was typed, and the text that begins with it
+            os.write(terminal, b"\x03")
+            read_until(b"\n> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise
+    finally:
+        os.close(terminal)

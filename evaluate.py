@@ -90,9 +90,10 @@ def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
     for name, task in ((name, task) for name, prompts in tasks.items() for task in prompts):
         if task.OUTPUT_TYPE == "generate_until":
             raise errors.UserError(f"--tasks: in {name} a model writes text; here it only scores given answers")
-        if (count := len(task.sampler.fewshot_docs())) <= shots and shots:
+        if shots and (count := len(task.sampler.fewshot_docs())) <= shots:
             raise errors.UserError(f"--shots {shots}: {name} has only {count} examples, which must be more")
-        task.set_config("num_fewshot", shots)
+        if task.get_config("num_fewshot") != 0:  # as the harness does: some tasks have their examples in the prompt
+            task.set_config("num_fewshot", shots)
     return tasks
 
 

@@ -1,0 +1,330 @@
+"""evaluate.py: the model that the lm-evaluation-harness sees, and SuperGLUE on small files of made-up examples."""
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+from statistics import fmean, stdev
+
+import pytest
+import torch
+
+import evaluate
+from model import GPT, GPTConfig
+from run.errors import UserError
+from tokens.tokenizers import TOKENIZERS
+
+BYTES = TOKENIZERS["bytes"]
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="the lm-evaluation-harness is not installed: pip install -r requirements-eval.txt",
+)
+
+WORDS = {
+    "cb": ["entailment", "contradiction", "neutral"],
+    "rte": ["entailment", "not_entailment"],
+}
+EXAMPLES = {  # number i of a task, as SuperGLUE's files have it
+    "boolq": lambda i: {"question": f"is box {i} red", "passage": f"Box {i} is red.", "label": i % 3 == 0, "idx": i},
+    "cb": lambda i: {"premise": f"Tom has {i} hats.", "hypothesis": "Tom has hats", "label": WORDS["cb"][i % 3]},
+    "copa": lambda i: {
+        "premise": f"Cup {i} broke.", "choice1": "It fell.", "choice2": "It was dry.",
+        "question": ["cause", "effect"][i % 2], "label": int(i % 4 == 0), "idx": i,
+    },
+    "rte": lambda i: {"premise": f"Ann has {i} hens.", "hypothesis": "Ann has hens.", "label": WORDS["rte"][i % 2]},
+}  # fmt: skip
+LABELS = {"boolq": lambda i: i % 3 == 0, "cb": lambda i: i % 3, "copa": lambda i: i % 4 == 0, "rte": lambda i: i % 2}
+FOLDERS = {"boolq": "BoolQ/train BoolQ/val", "cb": "CB/train CB/val", "copa": "copa/train copa/validation",
+           "rte": "RTE/train RTE/val"}  # fmt: skip
+SHOWN, ASKED = range(100, 105), range(10, 17)  # the numbers of the examples for training and for validation
+
+
+def write_superglue(folder):
+    for name, files in FOLDERS.items():
+        for file, numbers in zip(files.split(), (SHOWN, ASKED), strict=True):
+            path = folder / f"{file}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(EXAMPLES[name](i)) + "\n" for i in numbers))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def superglue(tmp_path_factory):
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield write_superglue(tmp_path_factory.mktemp("superglue"))
+
+
+@pytest.fixture(scope="module")
+def tasks(superglue):
+    return evaluate.load_tasks(["superglue"], superglue, shots=2)
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    """A model that is sure of what it says, wrong as it is."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.dim() == 2 else 1
+    return model
+
+
+def seen_by_harness(model, batch_size=4):
+    from evaluation.harness import HarnessModel
+
+    return HarnessModel(model, BYTES, batch_size)
+
+
+def instances(*pairs):
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+def plain_score(model, context, answer):
+    """In float64, of one sequence without padding."""
+    tokens = [*context, *answer][-model.config.block_size - 1 :]
+    logits = copy.deepcopy(model).double()(torch.tensor([tokens[:-1]]))[0, -len(answer) :]
+    answer = torch.tensor(list(answer))
+    return logits.log_softmax(-1).gather(1, answer[:, None]).sum().item(), bool((logits.argmax(-1) == answer).all())
+
+
+@needs_harness
+def test_loglikelihood_is_that_of_a_plain_computation_in_float64(gpt):
+    pairs = [("The cat sat", " down"), ("The cat sat", " dozing"), ("A", "b"), ("A", "c"), ("One two three", " four")]
+    pairs.append(("The", " end"))
+    found = seen_by_harness(gpt).loglikelihood(instances(*pairs), disable_tqdm=True)
+    expected = [plain_score(gpt, context.encode(), answer.encode()) for context, answer in pairs]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@needs_harness
+def test_an_answer_is_greedy_if_it_is_what_the_model_would_write(gpt):
+    tokens = gpt.generate(torch.tensor([list(b"The cat")]), 5, temperature=0)[0, 7:].tolist()
+    model = seen_by_harness(gpt)
+    right, wrong = (None, list(b"The cat"), tokens), (None, list(b"The cat"), [*tokens[:4], (tokens[4] + 1) % 256])
+    assert [greedy for _, greedy in model._loglikelihood_tokens([right, wrong], True)] == [True, False]
+
+
+@needs_harness
+def test_the_size_of_the_batch_changes_nothing(gpt):
+    requests = instances(*[("word " * (i % 5) + "so", f" {i}" * (i % 3 + 1)) for i in range(11)])
+    scores = [seen_by_harness(gpt, size).loglikelihood(requests, disable_tqdm=True) for size in (1, 4, 64)]
+    for other in scores[1:]:
+        assert [score for score, _ in other] == pytest.approx([score for score, _ in scores[0]], rel=1e-5)
+
+
+@needs_harness
+def test_of_a_long_context_the_beginning_is_left_out_with_a_warning(gpt, capsys):
+    long = "It goes on and on, and then it goes on again until"
+    cut = (long + " noon")[-33:].removesuffix(" noon")
+    found = seen_by_harness(gpt).loglikelihood(instances((long, " noon"), (cut, " noon")), disable_tqdm=True)
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(plain_score(gpt, long.encode(), b" noon")[0], rel=1e-5)
+    assert "1 of 2 texts are longer than block_size 32" in capsys.readouterr().err
+
+
+@needs_harness
+def test_an_answer_that_the_model_cannot_hold_is_refused(gpt):
+    with pytest.raises(UserError, match="an answer of 33 tokens is longer than the model's block_size 32"):
+        seen_by_harness(gpt).loglikelihood(instances(("So", "n" * 33)), disable_tqdm=True)
+
+
+@needs_harness
+def test_an_answer_without_context_follows_an_end_of_text(gpt):
+    found = seen_by_harness(gpt).loglikelihood(instances(("", "Once")), disable_tqdm=True)
+    assert found[0][0] == pytest.approx(plain_score(gpt, [BYTES.end_of_text], b"Once")[0], rel=1e-5)
+
+
+@needs_harness
+@pytest.mark.parametrize("length", [5, 32, 33, 75])
+def test_rolling_loglikelihood_scores_every_token_once(gpt, length):
+    tokens = [BYTES.end_of_text, *("All of it, and more. " * 4).encode()[:length]]
+    text = bytes(tokens[1:]).decode()
+    expected = 0.0  # pieces of block_size tokens; the last one starts earlier, to be as long
+    for start in range(0, length, 32):
+        end = min(start + 32, length)
+        expected += plain_score(gpt, tokens[max(0, end - 32) : start + 1], tokens[start + 1 : end + 1])[0]
+    found = seen_by_harness(gpt).loglikelihood_rolling(instances((text,)), disable_tqdm=True)
+    assert found == pytest.approx([expected], rel=1e-5)
+
+
+class Rigged:
+    """Stands for a model: gives every answer the score that `score` gives its request."""
+
+    def __new__(cls, score):
+        from lm_eval.api.model import LM
+
+        class Model(LM):
+            loglikelihood_rolling = generate_until = None
+
+            def loglikelihood(self, requests):
+                return [(score(request), False) for request in requests]
+
+        return Model()
+
+
+@needs_harness
+def test_a_model_that_knows_the_answers_is_right_and_one_that_takes_the_first_is_as_right_as_chance(tasks):
+    found = evaluate.scores(Rigged(lambda r: float(r.idx == LABELS[task_of(r)](number_of(r)))), "", tasks, None)
+    for entry in found["tasks"].values():
+        assert (entry["acc"], entry["acc_stderr"]) == (1, 0)
+
+    found = evaluate.scores(Rigged(lambda r: -r.idx), "first", tasks, None)
+    assert found["weights"] == "first"
+    errors = []
+    for name, label in LABELS.items():
+        right = [float(label(i) == 0) for i in ASKED]
+        entry = found["tasks"][f"superglue_{name}"]
+        assert (entry["examples"], entry["acc"]) == (len(ASKED), pytest.approx(fmean(right)))
+        assert entry["acc_of_prompts"] == [pytest.approx(fmean(right))] * 5
+        assert entry["acc_stderr"] == pytest.approx(stdev(right) / math.sqrt(len(right)))
+        errors.append(entry["acc_stderr"])
+    mean = found["tasks"]["superglue"]
+    assert mean["acc"] == pytest.approx(fmean(found["tasks"][f"superglue_{name}"]["acc"] for name in LABELS))
+    assert mean["acc_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 4)
+
+
+def number_of(request):
+    """Which of the made-up examples a request is about."""
+    return next(i for i in ASKED if subject(EXAMPLES[task_of(request)](i)) == subject(request.doc))
+
+
+def subject(example):
+    """The sentence that no other example of the task has."""
+    return example.get("passage") or example["premise"]
+
+
+def task_of(request):
+    return request.task_name.removeprefix("superglue_").split("::")[0]
+
+
+@needs_harness
+def test_the_error_of_a_mean_over_prompts_counts_each_example_once(tasks):
+    one = {"superglue_rte": tasks["superglue_rte"]}
+    prompts = [task.task_name for task in one["superglue_rte"]]
+    # the answer is the first for three of the prompts and the second for the others
+    found = evaluate.scores(Rigged(lambda r: r.idx * (-1 if r.task_name in prompts[:3] else 1)), "", one, None)
+    entry = found["tasks"]["superglue_rte"]
+    means = [3 / 5 if LABELS["rte"](i) == 0 else 2 / 5 for i in ASKED]
+    assert entry["acc"] == pytest.approx(fmean(means))
+    assert entry["acc_stderr"] == pytest.approx(stdev(means) / math.sqrt(len(means)))
+    assert "superglue" not in found["tasks"]
+
+
+@needs_harness
+def test_every_prompt_asks_in_its_own_words_and_shows_two_solved_examples(tasks):
+    seen = []
+    evaluate.scores(Rigged(lambda request: seen.append(request) or 0.0), "", tasks, 2)
+    pools = {name: [EXAMPLES[name](i) for i in SHOWN] for name in LABELS}
+    for request in seen:
+        context, answer = request.args
+        assert context.count(subject(request.doc).rstrip(".")) == 1 and not context[-1].isspace() and answer[0] == " "
+        assert sum(subject(example).rstrip(".") in context for example in pools[task_of(request)]) == 2
+    firsts = {request.task_name: request.args[0].split("\n\n")[-1] for request in seen}
+    assert len(set(firsts.values())) == len(firsts) == 20
+
+
+@needs_harness
+def test_accuracy_is_that_of_a_count_by_hand(gpt, tasks):
+    model = copy.deepcopy(gpt)
+    model.config = dataclasses.replace(gpt.config, block_size=64)
+    model.wpe = torch.nn.Embedding(64, 16)
+    found = evaluate.scores(seen_by_harness(model), "", tasks, 3)
+    for name, prompts in tasks.items():
+        right = []
+        for task in prompts:
+            for i in range(3):
+                scores = [plain_score(model, *(text.encode() for text in request.args))[0]
+                          for request in task.instances if request.doc_id == i]  # fmt: skip
+                right.append(scores.index(max(scores)) == LABELS[name.removeprefix("superglue_")](ASKED[i]))
+        assert found["tasks"][name]["acc"] == pytest.approx(fmean(right))
+
+
+@needs_harness
+def test_scores_agree_with_the_harness_own_model_of_transformers(tasks, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    theirs = HFLM(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), tokenizer=byte_tokenizer(), batch_size=4)
+    ours = seen_by_harness(GPT.from_pretrained(str(tmp_path)))
+    results, answers = [], []
+    for model in (theirs, ours):
+        results.append(evaluate.scores(model, "", tasks, None))
+        answers.append([r.resps[0] for prompts in tasks.values() for task in prompts for r in task.instances])
+    assert results[0] == results[1]
+    assert len(answers[0]) == 5 * len(ASKED) * (2 + 3 + 2 + 2)
+    assert [score for score, _ in answers[1]] == pytest.approx([score for score, _ in answers[0]], abs=1e-3)
+    assert [greedy for _, greedy in answers[1]] == [greedy for _, greedy in answers[0]]
+    text = instances(("Every good story has an end, they say. " * 8,), ("Short.",))
+    assert ours.loglikelihood_rolling(text) == pytest.approx(theirs.loglikelihood_rolling(text), abs=1e-3)
+
+
+def byte_tokenizer():
+    """Every byte a token, 0 the end of a text, as transformers has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in GPT-2's files
+    hidden = [byte for byte in range(256) if byte not in visible]
+    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    tokenizer = Tokenizer(models.BPE({characters[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=characters[0])
+
+
+@needs_harness
+def test_several_checkpoints_stand_side_by_side_in_the_table_and_in_the_file(train, call, superglue, tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate(runs):
+        train(run, max_iters=1, block_size=64, seed=seed)
+    output = tmp_path / "results.json"
+    printed = call(evaluate, *runs, "--data", superglue, "--limit", 2, "--device", "cpu", "-o", output).splitlines()
+    assert printed[0].split() == [str(run) for run in runs]
+    assert [line.split()[0] for line in printed[1:]] == [*(f"superglue_{name}" for name in LABELS), "superglue"]
+    written = json.loads(output.read_text())
+    assert (written["shots"], written["limit"], list(written["models"])) == (2, 2, [str(run) for run in runs])
+    for run in runs:
+        model = written["models"][str(run)]
+        assert model["weights"] == str(run / "checkpoints" / "step_00000001")
+        mean = model["tasks"]["superglue"]
+        assert f"{mean['acc']:.3f} ± {mean['acc_stderr']:.3f}" in printed[-1]
+    one_task = ["--tasks", "superglue_copa", "--limit", 1, "--shots", 0, "--device", "cpu"]
+    assert "±" not in call(evaluate, runs[0], "--data", superglue, *one_task)  # one example has no standard error
+
+
+def test_without_the_harness_it_says_what_to_install(refused, call, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install -r requirements-eval.txt" in refused(lambda: call(evaluate, "nowhere"))
+
+
+@needs_harness
+def test_evaluate_refuses_what_it_cannot_use(refused, call, train, superglue, tmp_path):
+    def line(model, **options):
+        flags = [f"--{name}={value}" for name, value in {"data": superglue, "device": "cpu", **options}.items()]
+        return refused(lambda: call(evaluate, model, *flags))
+
+    assert "no checkpoint in" in line(tmp_path)
+    train(run := tmp_path / "run", max_iters=1)
+    assert "'superglu' is not superglue and no task of the harness" in line(run, tasks="superglu")
+    assert "superglue_boolq has only 5 examples" in line(run, shots=5)
+    assert "the folder" in line(run, output=tmp_path / "nowhere" / "x.json")
+    folder = tmp_path / "data" / "boolq"
+    assert f"there is no {folder / 'train.jsonl'}" in line(run, data=tmp_path / "data")
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text('{"question": "is it", "label": 1}\n')
+    assert "'passage' is undefined" in line(run, data=tmp_path / "data", shots=0)
+    (folder / "validation.jsonl").write_text("nonsense")
+    assert "superglue_boolq cannot be had" in line(run, data=tmp_path / "data")

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 class Lion(torch.optim.Optimizer):
@@ -19,7 +21,15 @@ class Lion(torch.optim.Optimizer):
     the numbers are the same. State: `exp_avg`. Raises ValueError for a hyperparameter out of its range.
     """
 
-    def __init__(self, params, lr=1e-4, betas=(0.95, 0.98), weight_decay=0.0, *, compile: bool = False):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.95, 0.98),
+        weight_decay: float = 0.0,
+        *,
+        compile: bool = False,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self._compile = compile
 

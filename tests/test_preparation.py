@@ -97,6 +97,60 @@ def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, tmp_path
     assert made(tmp_path / "out") == nanogpts_tokens(str.encode, 0, 0.1)
 
 
+HUB_CARD = """---
+dataset_info:
+  config_name: plain_text
+  features:
+  - name: text
+    dtype: string
+configs:
+- config_name: plain_text
+  data_files:
+  - split: train
+    path: plain_text/train-*
+---
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder laid out as OpenWebText is on the hub: a card, and a configuration of 80 parquet files."""
+    (tmp_path / "hub/plain_text").mkdir(parents=True)
+    (tmp_path / "hub/README.md").write_text(HUB_CARD)
+    bounds = np.linspace(0, len(DOCUMENTS), 81, dtype=int)
+    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        write_documents(tmp_path / f"hub/plain_text/train-{i:05}-of-00080.parquet", DOCUMENTS[start:stop])
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("options", [[], ["--config=plain_text"], ["--streaming"]])
+def test_the_hubs_layout_of_openwebtext_is_read(openwebtext, call, tmp_path, hub, options):
+    source = ["--source", hub, "--tokenizer=bytes", "--val-fraction=0.01", "--out-dir", tmp_path / "out"]
+    call(openwebtext, *source, *options)
+    expected = nanogpts_tokens(str.encode, 0, 0.01)
+    if options == ["--streaming"]:  # which has another order and split
+        made_bytes, expected_bytes = (bytes(x["train"] + x["val"]) for x in (made(tmp_path / "out"), expected))
+        assert sorted(made_bytes.split(b"\0")) == sorted(expected_bytes.split(b"\0"))
+    else:
+        assert made(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_source_that_datasets_refuses_says_what_helps(openwebtext, call, refused, tmp_path, hub, streaming):
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/script.py").write_text("import datasets\n")
+    options = ["--tokenizer=bytes", "--out-dir", tmp_path / "out", *streaming]
+    line = refused(lambda: call(openwebtext, "--source", tmp_path / "script", *options))
+    assert "Dataset scripts are no longer supported, but found script.py; download the text it names, and" in line
+    assert "give the files to --data-files" in line
+    line = refused(lambda: call(openwebtext, "--source", hub, "--config=en", *options))
+    assert "'en' not found. Available: ['plain_text']" in line
+    configs = "".join(f"- config_name: {name}\n  data_files: plain_text/train-*\n" for name in ("one", "two"))
+    (hub / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    line = refused(lambda: call(openwebtext, "--source", hub, *options))
+    assert "available configs: ['one', 'two']; choose one with --config" in line
+
+
 def test_a_text_file_is_a_document_and_its_name_no_pattern(openwebtext, call, tmp_path):
     for name in ("a*.txt", "ab.txt", "g[1].txt"):
         (tmp_path / name).write_text(f"first line of {name}\nsecond line")

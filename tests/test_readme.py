@@ -15,13 +15,14 @@ SNIPPETS = {
     for page in PAGES
     for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL), start=1)
 }
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 DISTRIBUTED = [name for name, snippet in SNIPPETS.items() if snippet.startswith("# torchrun")]
 
 
-def run(folder, name, *launcher):
+def run(folder, name, *launcher, more=""):
     folder.mkdir(exist_ok=True)
     (folder / "sophia.py").write_text((ROOT / "sophia.py").read_text())
-    (folder / "this_file.py").write_text(SNIPPETS[name])
+    (folder / "this_file.py").write_text(SNIPPETS[name] + more)
     subprocess.run([sys.executable, *launcher, "this_file.py"], cwd=folder, check=True, timeout=300)
 
 
@@ -33,7 +34,16 @@ def test_a_snippet_runs(name, tmp_path):
 def test_sharded_parameters_give_the_weights_of_one_process(tmp_path):
     (name,) = DISTRIBUTED
     for ranks in (1, 2):
-        run(tmp_path / f"{ranks}", name, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        run(tmp_path / f"{ranks}", name, *TORCHRUN, f"--nproc_per_node={ranks}")
     one, two = (torch.load(tmp_path / f"{ranks}" / "weights.pt", weights_only=True) for ranks in (1, 2))
     assert one.std() > 0.1
     assert (one - two).abs().max() < 1e-5
+
+
+def test_processes_under_accelerate_have_the_same_curvature_and_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (name,) = (name for name, snippet in SNIPPETS.items() if snippet.startswith("# accelerate"))
+    state = "{i: [param, sophia.state[param]['hessian']] for i, param in enumerate(params)}"
+    run(tmp_path, name, *TORCHRUN, "--nproc_per_node=2", more=f"torch.save({state}, f'{{accelerator.process_index}}')")
+    one, two = (torch.load(tmp_path / f"{rank}") for rank in (0, 1))
+    assert all(torch.equal(a, b) and a.std() > 0 for i in one for a, b in zip(one[i], two[i], strict=True))

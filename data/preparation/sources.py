@@ -18,6 +18,10 @@ from tokens.tokenizers import TOKENIZERS
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 SPLIT_SEED = 2357  # nanoGPT's
+ADVICE = {  # for what datasets says
+    "Dataset scripts are no longer supported": "download the text it names, and give the files to --data-files",
+    "Config name is missing": "choose one with --config",
+}
 BATCH_CHARACTERS = 2**20  # of text, that one thread tokenizes at a time
 
 
@@ -103,7 +107,10 @@ def reading(name: str, advice: str) -> Iterator[None]:
     except Exception as error:  # datasets passes on what its readers raise: zlib.error, LZMAError, ArrowInvalid, …
         while error.__cause__ is not None:
             error = error.__cause__
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what, *more = str(error).splitlines() or [type(error).__name__]
+        for said, helps in ADVICE.items():
+            if said in what:
+                what, advice = " ".join([what, *more[:1]]), f"; {helps}"
         raise UserError(f"{name} cannot be used: {what}{advice}") from None
 
 

@@ -19,7 +19,6 @@ from run import errors
 from run.files import write_json
 from run.machine import find_device
 from run.settings import ROOT
-from sample import at_least
 
 TASKS = ROOT / "evaluation" / "tasks"
 SUPERGLUE = [f"superglue_{name}" for name in ("boolq", "cb", "copa", "rte")]
@@ -31,12 +30,16 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folder, GPT-2 weights' folder or hub name")
     parser.add_argument("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
-    parser.add_argument("--shots", type=at_least(0), default=2, help="solved examples shown (default %(default)s)")
-    parser.add_argument("--limit", type=at_least(1), help="examples a task, the first ones, for a quick look")
+    parser.add_argument(
+        "--shots", type=errors.between(0), default=2, help="solved examples shown (default %(default)s)"
+    )
+    parser.add_argument("--limit", type=errors.between(1), help="examples a task, the first ones, for a quick look")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="SuperGLUE's files, instead of the hub's")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="texts a forward pass (default %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=errors.between(1), default=16, help="texts a forward pass (default %(default)s)"
+    )
     options = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("lm_eval is not installed: pip install -r requirements-eval.txt")

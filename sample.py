@@ -6,7 +6,6 @@ python sample.py --out_dir=out --prompts=lines.txt     what follows each line, a
 python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C stops one, Ctrl-D ends
 """
 
-import argparse
 import codecs
 import contextlib
 import io
@@ -35,14 +34,23 @@ def main() -> None:
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
     prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
-    parser.add_argument("--num_samples", type=between(1), default=1, help="texts a prompt (default %(default)s)")
-    parser.add_argument("--max_new_tokens", type=between(1), default=500, help="tokens a text (default %(default)s)")
-    parser.add_argument("--temperature", type=between(0, kind=float), default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=between(1), help="sample from the k likeliest tokens only")
+    parser.add_argument("--num_samples", type=errors.between(1), default=1, help="texts a prompt (default %(default)s)")
     parser.add_argument(
-        "--top_p", type=between(0, 1, float), default=1.0, help="sample from the likeliest that reach this share only"
+        "--max_new_tokens", type=errors.between(1), default=500, help="tokens a text (default %(default)s)"
     )
-    parser.add_argument("--seed", type=between(0), default=1337, help="same seed, same text (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=errors.between(0, kind=float), default=0.8, help="0: always the likeliest token"
+    )
+    parser.add_argument("--top_k", type=errors.between(1), help="sample from the k likeliest tokens only")
+    parser.add_argument(
+        "--top_p",
+        type=errors.between(0, 1, float),
+        default=1.0,
+        help="sample from the likeliest that reach this share only",
+    )
+    parser.add_argument(
+        "--seed", type=errors.between(0), default=1337, help="same seed, same text (default %(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
     options = parser.parse_args()
@@ -120,18 +128,6 @@ def start_text(start: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def between(least: int, most: int = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
-    """Converts an option's text."""
-
-    def convert(text: str) -> float:
-        number = kind(text)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return number
-
-    return convert
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
+def between(least: int, most: int = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
+    """Converts an option's text to a number, for Parser.add_argument(type=…)."""
+
+    def convert(text: str) -> float:
+        number = kind(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return number
+
+    return convert
+
+
 class Unbreakable:
     """A stream that goes quiet when its reader is gone, as `tee` is after Ctrl-C: that is no reason to lose a run."""
 

@@ -1,0 +1,72 @@
+"""Measure the claims of the Sophia paper: each study is a list of runs of train.py, and makes a table and a picture.
+
+    python -m studies losses --scale=laptop --jobs=2            on two CPU cores, one run a core
+    python -m studies losses batch why --scale=gpu --dataset=openwebtext
+    python -m studies losses --scale=gpu --plan                 what it would run, and how long it would take
+
+A study that was stopped goes on where it was: runs that ended are not run again. Tables and pictures are written to
+results/STUDY/. The later studies begin with the best settings that `losses` found at the same scale.
+"""
+
+import signal
+from pathlib import Path
+from types import ModuleType
+
+from run import errors
+from run.files import write_json
+from run.settings import ROOT
+from studies import losses, runs
+from studies.scales import SCALES, Scale
+
+STUDIES: dict[str, ModuleType] = {"losses": losses}
+
+
+def main() -> None:
+    parser = errors.Parser(__doc__)
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (default %(default)s)")
+    parser.add_argument("--dataset", help="as for train.py (default: books, openwebtext at the larger scales)")
+    parser.add_argument("--jobs", type=errors.between(1), default=1, help="runs side by side (default %(default)s)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "studies", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of tables and pictures")
+    parser.add_argument("--plan", action="store_true", help="only say what would be run")
+    options = parser.parse_args()
+
+    scale = SCALES[options.scale]
+    dataset = options.dataset or ("books" if options.scale == "laptop" else "openwebtext")
+    scale.base["dataset"] = dataset
+    folder = options.runs.absolute() / options.scale
+    plan = runs.Plan(folder)
+    for name in options.studies:
+        STUDIES[name].study(plan, scale)
+    print(in_words(plan, options.jobs))
+    if options.plan:
+        return
+    runner = runs.Runner(folder, options.jobs)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.stop)
+    for name in options.studies:
+        write(options.results / name, STUDIES[name], runner, scale)
+
+
+def in_words(plan: runs.Plan, jobs: int) -> str:
+    words = f"{len(plan.missing)} of {plan.count} runs are to be done, {plan.tokens() / 1e6:,.0f}M tokens"
+    speed = runs.measured_speed(plan.folder)
+    if not plan.missing:
+        return words
+    if not speed:
+        return f"{words}; how long they take is known when the first has ended"
+    return f"{words}, in about {plan.flops() / speed / jobs / 3600:.1f} hours"
+
+
+def write(folder: Path, study: ModuleType, runner: runs.Runner, scale: Scale) -> None:
+    """The study's table.json and picture, made of the runs' folders."""
+    table = {"commit": runs.commit(), "base": scale.base} | study.study(runner, scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "table.json", table)
+    study.figure(table).savefig(folder / "figure.png", dpi=150)
+    print(folder.resolve())
+
+
+if __name__ == "__main__":
+    errors.run(main)

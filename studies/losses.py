@@ -1,0 +1,78 @@
+"""Losses: every optimizer tuned with the same number of runs, then three seeds at its best; AdamW at twice the steps."""
+
+import math
+from functools import partial
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from records.curves import COLORS, MARKERS, first_x_at
+from studies.runs import Result, Runner, together
+from studies.scales import LABELS, Scale
+from studies.search import Search, search
+
+
+def study(runner: Runner, scale: Scale) -> dict[str, Any]:
+    searches = dict(zip(LABELS, together([partial(tune, runner, scale, name) for name in LABELS]), strict=True))
+    wanted = [best_settings(scale, name, searches[name]) | {"seed": seed} for name in LABELS for seed in scale.seeds]
+    double = 2 * scale.base["max_iters"]
+    longer = [
+        best_settings(scale, "adamw", searches["adamw"]) | {"seed": seed, "max_iters": double} for seed in scale.seeds
+    ]
+    results = runner(wanted + longer)
+    count = len(scale.seeds)
+    groups = {name: results[number * count : (number + 1) * count] for number, name in enumerate(LABELS)}
+    groups["adamw_twice"] = results[-count:]
+    goal = fmean(result.loss for result in groups["adamw"])
+    return {
+        "search": {name: found.table() for name, found in searches.items()},
+        "final": {name: summary(group, goal) for name, group in groups.items()},
+    }
+
+
+def tune(runner: Runner, scale: Scale, optimizer: str) -> Search:
+    return search(runner, scale.settings(optimizer), scale.space(optimizer), scale.first, scale.tuning)
+
+
+def best_settings(scale: Scale, optimizer: str, found: Search) -> dict[str, Any]:
+    return scale.settings(optimizer) | found.space.values(found.best)
+
+
+def summary(group: list[Result], goal: float) -> dict[str, Any]:
+    """Of runs that differ in their seed: losses, the steps to the loss `goal`, time, clipping, and the mean curve."""
+    losses = [result.loss for result in group]
+    alive = [result for result in group if math.isfinite(result.loss)]
+    steps = [first_x_at(goal, *np.array(result.curve()).T) for result in alive]
+    last = [result.rows[-1] for result in alive]
+    curves = np.array([result.curve() for result in alive])
+    return {
+        "losses": losses,
+        "mean": fmean(losses),
+        "sd": stdev(losses) if len(alive) == len(losses) > 1 else None,
+        "diverged": len(losses) - len(alive),
+        "steps_to_adamws_loss": steps,
+        "seconds": [row["seconds"] for row in last],
+        "clip_rate": [row["clip_rate"] for row in last],
+        "unclipped_fraction": [row["win_rate"] for row in last if "win_rate" in row],
+        "curve": curves.mean(axis=0).round(4).tolist() if alive else [],
+    }
+
+
+def figure(table: dict[str, Any]) -> Figure:
+    drawing = Figure(figsize=(8, 5), layout="constrained")
+    axes = drawing.subplots()
+    labels = LABELS | {"adamw_twice": "AdamW, twice the steps"}
+    for number, (name, found) in enumerate(table["final"].items()):
+        if not found["curve"]:
+            continue
+        steps, losses = zip(*found["curve"][1:], strict=True)
+        axes.plot(steps, losses, color=COLORS[number], marker=MARKERS[number], markevery=0.1, label=labels[name])
+    ends = [found["mean"] for found in table["final"].values() if math.isfinite(found["mean"])]
+    axes.set_ylim(min(ends) - 0.05, max(ends) + 0.8)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return drawing

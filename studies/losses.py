@@ -1,4 +1,4 @@
-"""Losses: every optimizer tuned with the same number of runs, then three seeds at its best; AdamW at twice the steps."""
+"""Losses: each optimizer tuned with as many runs, then three seeds at its best; AdamW at twice the steps, too."""
 
 import math
 from functools import partial

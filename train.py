@@ -25,7 +25,7 @@ from tokens.batches import Batches, check_batch
 from tokens.token_files import TokenData, open_data
 from training.curvature import Curvature
 from training.meter import Meter, StepResult
-from training.optimizers import learning_rate, make_optimizer, parameters
+from training.optimizers import betas, learning_rate, make_optimizer, parameters
 from training.parallel import DataParallel
 from training.start import check_same_job, describe, make_model, resume, started_from
 
@@ -42,6 +42,7 @@ def update(
     params = parameters(optimizer)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(batches.settings, step)
+        group["betas"] = betas(batches.settings, step)
     if curvature.is_due(step):
         estimate = curvature.estimate(step, params)
         writer.wait_for_copies()  # of a checkpoint: from here on the optimizer's state changes

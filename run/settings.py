@@ -77,6 +77,9 @@ class Settings:
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
     )
     hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group, in one forward pass")
+    hessian_bias_correction: bool = setting(
+        False, "Sophia: divide h by 1 - beta2^estimates, as Adam does; not the paper's"
+    )
     # learning-rate schedule
     max_iters: int = setting(100_000, "optimizer steps of the whole run")
     decay_lr: bool = setting(True, "cosine decay to min_lr; otherwise constant after the warm-up")

@@ -12,13 +12,22 @@ import signal
 from pathlib import Path
 from types import ModuleType
 
+from records import metrics
 from run import errors
 from run.files import write_json
 from run.settings import ROOT
-from studies import losses, runs
+from studies import batch, losses, runs, scaling, sensitivity, stability, toy, why
 from studies.scales import SCALES, Scale
 
-STUDIES: dict[str, ModuleType] = {"losses": losses}
+STUDIES = {  # in the order in which they are run
+    "losses": losses,
+    "batch": batch,
+    "why": why,
+    "stability": stability,
+    "sensitivity": sensitivity,
+    "scaling": scaling,
+    "toy": toy,
+}
 
 
 def main() -> None:
@@ -50,7 +59,7 @@ def main() -> None:
 
 
 def in_words(plan: runs.Plan, jobs: int) -> str:
-    words = f"{len(plan.missing)} of {plan.count} runs are to be done, {plan.tokens() / 1e6:,.0f}M tokens"
+    words = f"{len(plan.missing)} of {len(plan.wanted)} runs are to be done, {plan.tokens() / 1e6:,.0f}M tokens"
     speed = runs.measured_speed(plan.folder)
     if not plan.missing:
         return words
@@ -61,7 +70,7 @@ def in_words(plan: runs.Plan, jobs: int) -> str:
 
 def write(folder: Path, study: ModuleType, runner: runs.Runner, scale: Scale) -> None:
     """The study's table.json and picture, made of the runs' folders."""
-    table = {"commit": runs.commit(), "base": scale.base} | study.study(runner, scale)
+    table = {"commit": metrics.commit(), "base": scale.base} | study.study(runner, scale)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", table)
     study.figure(table).savefig(folder / "figure.png", dpi=150)

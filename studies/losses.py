@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS, first_x_at
+from studies import runs
 from studies.runs import Result, Runner, together
 from studies.scales import LABELS, Scale
 from studies.search import Search, search
@@ -27,6 +28,7 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     groups["adamw_twice"] = results[-count:]
     goal = fmean(result.loss for result in groups["adamw"])
     return {
+        "fingerprints": {name: runs.fingerprints(scale.settings(name) | {"seed": scale.seeds[0]}) for name in LABELS},
         "search": {name: found.table() for name, found in searches.items()},
         "final": {name: summary(group, goal) for name, group in groups.items()},
     }

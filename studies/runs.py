@@ -14,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
 from model import GPT
@@ -104,13 +105,14 @@ class Plan:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.wanted: set[Path] = set()
         self.missing: dict[Path, dict[str, Any]] = {}
-        self.count = 0
 
     def __call__(self, wanted: Sequence[dict[str, Any]]) -> list[Result]:
         results = []
         for number, settings in enumerate(wanted):
-            folder, self.count = folder_of(self.folder, settings), self.count + 1
+            folder = folder_of(self.folder, settings)
+            self.wanted.add(folder)
             if (folder / OUTCOME).exists():
                 results.append(read_result(folder, settings))
             else:
@@ -155,8 +157,33 @@ def tokens_of(settings: dict[str, Any]) -> int:
 
 
 def flops_per_token(settings: dict[str, Any]) -> float:
+    return new_model(settings).flops_per_token()
+
+
+def parameters(settings: dict[str, Any]) -> int:
+    return sum(param.numel() for param in new_model(settings).parameters())
+
+
+def new_model(settings: dict[str, Any]) -> GPT:
+    """The model that a run with these settings begins with."""
     full = completed(settings)
-    return GPT(shape_of(full, open_data(full.dataset, full.block_size), None)).flops_per_token()
+    torch.manual_seed(full.seed)
+    return GPT(shape_of(full, open_data(full.dataset, full.block_size), None))
+
+
+def fingerprints(settings: dict[str, Any]) -> dict[str, str]:
+    """What runs that are compared must have in common: hashes of the tokens of a run's batches in their order, of its
+    initial weights, and of the validation blocks.
+    """
+    full = completed(settings)
+    data = open_data(full.dataset, full.block_size)
+    hashes = {"batches": hashlib.sha256(), "initial_weights": hashlib.sha256(), "validation": hashlib.sha256()}
+    for step in range(1, full.max_iters + 1):
+        hashes["batches"].update(data.train_rows(full.seed, step, full.batch_size, 0, full.batch_size).numpy())
+    for weight in new_model(settings).state_dict().values():
+        hashes["initial_weights"].update(weight.numpy())
+    hashes["validation"].update(data.val_rows(data.val_blocks(full.eval_sequences)).numpy())
+    return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
 
 
 def measured_speed(folder: Path) -> float | None:
@@ -166,11 +193,3 @@ def measured_speed(folder: Path) -> float | None:
         flops += metrics.read_rows(outcome.parent / metrics.FILE)[-1]["flops"]
         seconds += read_json(outcome)["seconds"]
     return flops / seconds if seconds else None
-
-
-def commit() -> str | None:
-    return metrics.commit()
-
-
-def settings_table(settings: dict[str, Any]) -> dict[str, Any]:
-    return asdict(completed(settings))

@@ -1,6 +1,4 @@
-"""Draw how five optimizers walk over the two-dimensional loss of the Sophia paper (figure 2).
-
-    python -m studies.toy -o toy.png
+"""Toy: how five optimizers walk over the two-dimensional loss of the Sophia paper (figure 2).
 
     L(theta) = 8 (theta_1 - 1)^2 (1.3 theta_1^2 + 2 theta_1 + 1) + (theta_2 - 4)^2 / 2
 
@@ -10,15 +8,16 @@ Sophia's clipped Newton steps arrive. Curvature is the exact Hessian diagonal he
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lion import Lion
-from run import errors
 from sophia import SophiaH
+from studies.runs import Runner
+from studies.scales import Scale
 
 START = (0.2, 0.0)
 MINIMUM = (1.0, 4.0)
@@ -70,12 +69,20 @@ def walk(name: str, steps: int = STEPS) -> Tensor:
     return torch.stack(points)
 
 
-def main() -> None:
-    parser = errors.Parser(__doc__)
-    parser.add_argument("-o", "--output", type=Path, default=Path("toy.png"), help="picture to write")
-    output = parser.parse_args().output
+def study(runner: Runner, scale: Scale) -> dict[str, Any]:
+    """Where each optimizer ends, and its distance from the minimum. The scale and the runner do not matter."""
+    walks = {name: walk(name) for name in OPTIMIZERS}
+    minimum = torch.tensor(MINIMUM)
+    return {
+        "steps": STEPS,
+        "ends": {name: points[-1].tolist() for name, points in walks.items()},
+        "distances": {name: (points[-1] - minimum).norm().item() for name, points in walks.items()},
+    }
 
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+
+def figure(table: dict[str, Any]) -> Figure:
+    drawing = Figure(figsize=(7, 6), layout="constrained")
+    axes = drawing.subplots()
     one, two = torch.meshgrid(torch.linspace(-0.9, 1.5, 200), torch.linspace(-0.5, 5, 200), indexing="xy")
     axes.contour(one, two, loss(torch.stack((one, two))), levels=30, colors="gray", linewidths=0.4)
     for name in OPTIMIZERS:
@@ -83,9 +90,4 @@ def main() -> None:
     axes.plot(*MINIMUM, marker="*", markersize=16, color="black", linestyle="", label="minimum")
     axes.set(xlabel="θ₁", ylabel="θ₂", xlim=(-0.9, 1.5), ylim=(-0.5, 5), title=f"{STEPS} steps from {START}")
     axes.legend(loc="center left")
-    figure.savefig(output, dpi=150)
-    print(output.resolve())
-
-
-if __name__ == "__main__":
-    errors.run(main)
+    return drawing

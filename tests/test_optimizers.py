@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lion import Lion
+from run.settings import Settings, complete
 from sophia import SophiaG, SophiaH, from_released
+from training.optimizers import betas
 
 SHAPES = [(7, 5), (11,), (3, 2, 4)]
 
@@ -326,3 +328,18 @@ def test_sparse_gradients_are_refused(optimizer_class):
     param.grad = torch.ones(3).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer_class([param]).step()
+
+
+def test_with_bias_correction_the_hessian_is_that_of_the_paper_over_one_minus_beta2_to_the_number_of_estimates():
+    settings = complete(Settings(optimizer="sophiag", beta2=0.9, hessian_interval=3, hessian_bias_correction=True))
+    plain, corrected = (
+        SophiaG([torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))], betas=(0.5, 0.9)) for _ in "12"
+    )
+    random = torch.Generator().manual_seed(0)
+    for number, step in enumerate(range(1, 90, 3), start=1):
+        estimate = torch.rand(5, dtype=torch.float64, generator=random)
+        corrected.param_groups[0]["betas"] = betas(settings, step)
+        for optimizer in (plain, corrected):
+            optimizer.update_hessian([estimate])
+        (h,), (ours,) = ([state["hessian"] for state in each.state.values()] for each in (plain, corrected))
+        assert (ours - h / (1 - 0.9**number)).abs().max() < 1e-12

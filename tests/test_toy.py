@@ -1,7 +1,5 @@
 """The two-dimensional example of the paper: clipped Newton steps arrive where the others do not."""
 
-import sys
-
 import pytest
 import torch
 
@@ -38,10 +36,3 @@ def test_newton_ends_in_a_saddle():
 @pytest.mark.parametrize("name", ["gradient descent", "SignGD", "Adam"])
 def test_first_order_methods_are_slow_along_the_flat_direction(name):
     assert distances(name)[-1] > 0.9
-
-
-def test_the_picture_is_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["toy.py", "-o", str(tmp_path / "toy.png")])
-    toy.main()
-    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
-    assert "toy.png" in capsys.readouterr().out

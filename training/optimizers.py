@@ -36,6 +36,17 @@ def learning_rate(settings: Settings, step: int) -> float:
     return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def betas(settings: Settings, step: int) -> tuple[float, float]:
+    """Those of update `step`. With hessian_bias_correction beta2 grows from 0 to its setting: what h then becomes is the
+    h of the paper divided by 1 - beta2^estimates.
+    """
+    beta2 = settings.beta2
+    if settings.uses_curvature and settings.hessian_bias_correction:
+        estimates = (step - 1) // settings.hessian_interval + 1
+        beta2 = 1 - (1 - beta2) / (1 - beta2**estimates)
+    return settings.beta1, beta2
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for the matrices of Linear layers; none for embeddings, biases and LayerNorm gains."""
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}

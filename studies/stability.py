@@ -1,0 +1,66 @@
+"""Stability: the largest learning rate that trains a deeper model, with and without inverse-layer scaling.
+
+From the best rate of `losses` it is doubled. A rate is stable when the run ends within TOLERANCE nats of the best of
+its ladder. The share of steps with a clipped gradient is in the table of `losses`.
+"""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from records.curves import COLORS, MARKERS
+from studies.losses import best_settings, tune
+from studies.runs import Runner
+from studies.scales import LABELS, Scale
+
+OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah")
+LADDER = (0.5, 1, 2, 4, 8)
+TOLERANCE = 0.3
+DEEPER, SHORTER = 3, 4  # times the layers, and a fraction of the steps
+
+
+def study(runner: Runner, scale: Scale) -> dict[str, Any]:
+    ladders = {
+        (name, scaled): ladder(best_settings(scale, name, tune(runner, scale, name)), scaled)
+        for name in OPTIMIZERS
+        for scaled in (False, True)
+    }
+    results = iter(runner([settings for rungs in ladders.values() for settings in rungs]))
+    rows = []
+    for (name, scaled), rungs in ladders.items():
+        found = {settings["learning_rate"]: next(results).loss for settings in rungs}
+        lowest = min(found.values())
+        stable = [rate for rate, loss in found.items() if loss <= lowest + TOLERANCE]
+        largest = {"largest_stable": max(stable), "is_the_last_tried": max(stable) == max(found)}
+        rows.append({"optimizer": name, "inverse_layer_scaling": scaled, "losses": list(found.items())} | largest)
+    return {"runs": rows}
+
+
+def ladder(best: dict[str, Any], scaled: bool) -> list[dict[str, Any]]:
+    deeper = best | {
+        "n_layer": DEEPER * best["n_layer"],
+        "max_iters": best["max_iters"] // SHORTER,
+        "warmup_iters": best["warmup_iters"] // SHORTER,
+        "scale_attn_by_inverse_layer_idx": scaled,
+    }
+    return [deeper | {"learning_rate": float(f"{best['learning_rate'] * factor:.4g}")} for factor in LADDER]
+
+
+def figure(table: dict[str, Any]) -> Figure:
+    drawing = Figure(figsize=(8, 5), layout="constrained")
+    axes = drawing.subplots()
+    top = max(min(loss for _, loss in row["losses"]) for row in table["runs"]) + 1.5
+    for row in table["runs"]:
+        number = OPTIMIZERS.index(row["optimizer"])
+        rates, losses = zip(*row["losses"], strict=True)
+        scaled = row["inverse_layer_scaling"]
+        label = LABELS[row["optimizer"]] + (", inverse-layer scaling" if scaled else "")
+        style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "--" if scaled else "-"}
+        axes.plot(rates, [min(loss, top) for loss in losses], label=label, **style)
+    axes.set_xscale("log")
+    axes.set_ylim(top=top)
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("final validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return drawing

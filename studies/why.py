@@ -1,0 +1,58 @@
+"""Why: the best Sophia-G of `losses` with one part changed at a time, and the others with Sophia's betas. One seed."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.losses import best_settings, tune
+from studies.runs import Runner
+from studies.scales import Scale
+
+NO_LIMIT = 100  # times larger steps allowed, of the same share of a Newton step
+
+
+def study(runner: Runner, scale: Scale) -> dict[str, Any]:
+    best = {name: best_settings(scale, name, tune(runner, scale, name)) for name in ("adamw", "lion", "sophiag")}
+    variants = {
+        label: best["sophiag"] | {"seed": scale.seeds[0]} | change for label, change in changes(best["sophiag"]).items()
+    }
+    for name, label in (("adamw", "AdamW"), ("lion", "Lion")):
+        own = best[name] | {"seed": scale.seeds[0]}
+        variants |= {f"{label}, as tuned": own, f"{label}, Sophia's betas": own | {"beta1": 0.96, "beta2": 0.99}}
+    results = runner(list(variants.values()))
+    return {
+        "runs": [
+            {"variant": label, "loss": result.loss, "unclipped_fraction": result.rows[-1].get("win_rate")}
+            for label, result in zip(variants, results, strict=True)
+        ]
+    }
+
+
+def changes(best: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    rate, rho = best["learning_rate"] * NO_LIMIT, best["rho"] * NO_LIMIT
+    return (
+        {
+            "as tuned": {},
+            "clipped at 100 x the step": {"learning_rate": rate, "rho": rho, "weight_decay": 0.2 / NO_LIMIT},
+            "no curvature (sign of the momentum)": {"rho": 0.0},
+            "bias-corrected h": {"hessian_bias_correction": True},
+            "h from every sequence": {"hessian_batch_size": best["batch_size"]},
+        }
+        | {f"an estimate every {interval} steps": {"hessian_interval": interval} for interval in (1, 4, 50)}
+        | {f"β1 {beta1}": {"beta1": beta1} for beta1 in (0.8, 0.9, 0.95, 0.97)}
+    )
+
+
+def figure(table: dict[str, Any]) -> Figure:
+    rows = table["runs"][::-1]
+    drawing = Figure(figsize=(8, 0.3 * len(rows) + 1.2), layout="constrained")
+    axes = drawing.subplots()
+    finite = [row["loss"] for row in rows if row["loss"] < 20]
+    for number, row in enumerate(rows):
+        shown = min(row["loss"], max(finite))
+        axes.barh(number, shown, color="#0072B2" if row["loss"] in finite else "#D55E00")
+        axes.annotate(f"{row['loss']:.3f}", (shown, number), (3, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.set_xlim(min(finite) - 0.2, max(finite) + 0.2)
+    axes.set_xlabel("final validation loss (nats per token)")
+    return drawing

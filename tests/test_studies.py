@@ -1,0 +1,173 @@
+"""Studies: what is searched, what is run and when, and what is made of the runs."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from run.settings import ROOT
+from studies.__main__ import STUDIES
+from studies.runs import OUTCOME, Plan, Result, Runner, fingerprints, folder_of
+from studies.scales import LABELS, SCALES
+from studies.search import Space, search
+from tests.conftest import TINY
+
+CENTRE = {"learning_rate": 1e-3, "rho": 0.05, "beta1": 0.9}
+OPTIMUM = {"learning_rate": 8e-3, "rho": 0.025, "beta1": 0.8}
+
+
+def distance(settings):
+    """Of hyperparameters from the optimum, in steps of the lattice."""
+    steps = [math.log2((1 - settings[k]) / (1 - v) if k == "beta1" else settings[k] / v) for k, v in OPTIMUM.items()]
+    return sum(step**2 for step in steps)
+
+
+class Formula:
+    """A runner whose losses are a formula of the settings."""
+
+    def __init__(self, loss):
+        self.loss, self.asked = loss, []
+
+    def __call__(self, wanted):
+        self.asked += wanted
+        return [self.result(settings) for settings in wanted]
+
+    def result(self, settings):
+        end, last = self.loss(settings), settings.get("max_iters", 10)
+        rows = [{"step": step, "val/loss": end + 3 * (1 - step / last)} for step in (0, last // 2, last)]
+        rest = {"seconds": 2.0, "clip_rate": 0.5} | ({"win_rate": 0.25} if "rho" in settings else {})
+        return Result(settings, end, [row | rest for row in rows])
+
+
+def test_a_search_finds_the_best_point_far_from_its_centre_and_says_that_it_lies_inside():
+    runner = Formula(distance)
+    found = search(runner, {"optimizer": "sophiag"}, Space(CENTRE), first=8, count=24)
+    assert found.space.values(found.best) == pytest.approx(OPTIMUM)
+    assert found.table()["untried_neighbours_of_the_best"] == []
+    settings = [json.dumps(each, sort_keys=True) for each in runner.asked]
+    assert len(settings) == len(set(settings)) == 24
+    assert runner.asked[0] == {"optimizer": "sophiag"} | CENTRE
+
+
+def test_a_search_that_ends_early_says_which_neighbours_of_the_best_it_did_not_try():
+    found = search(Formula(distance), {}, Space(CENTRE), first=2, count=3)
+    assert len(found.tried) == 3
+    assert found.table()["untried_neighbours_of_the_best"]
+
+
+def test_a_search_goes_on_from_diverged_runs_and_never_leaves_the_range_of_a_beta():
+    found = search(Formula(lambda s: math.inf if s["beta1"] < 0.8 else 1 - s["beta1"]), {}, Space(CENTRE), 8, 30)
+    assert all(0 <= found.space.values(point)["beta1"] < 1 for point in found.tried)
+    assert math.isfinite(found.tried[found.best].loss)
+
+
+@pytest.fixture
+def tiny(dataset):
+    return TINY | {"dataset": str(dataset), "optimizer": "adamw", "log_interval": 10}
+
+
+@pytest.fixture
+def runner(tmp_path):
+    return Runner(tmp_path / "runs", 2)
+
+
+def test_runs_end_once_and_diverged_ones_are_infinitely_bad(tiny, runner):
+    wanted = [tiny, tiny | {"learning_rate": 1e30, "grad_clip": 0.0, "decay_lr": False}]
+    one, two = runner(wanted)
+    assert 2 < one.loss < 5.6
+    assert two.loss == math.inf
+    assert [step for step, _ in one.curve()] == [0, 10, 20]
+    assert one.curve()[-1][1] == one.loss
+    before = [(folder_of(runner.folder, settings) / OUTCOME).stat().st_mtime_ns for settings in wanted]
+    assert [result.loss for result in Runner(runner.folder, 1)(wanted)] == [one.loss, two.loss]
+    assert before == [(folder_of(runner.folder, settings) / OUTCOME).stat().st_mtime_ns for settings in wanted]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tiny, runner):
+    """The program is stopped by a signal; the same runs end with the loss of a run that nothing stopped."""
+    settings = tiny | {"max_iters": 300, "eval_interval": 50}
+    code = f"""
+import signal
+from pathlib import Path
+from studies.runs import Runner
+runner = Runner(Path({str(runner.folder)!r}), 1)
+signal.signal(signal.SIGTERM, runner.stop)
+runner([{settings!r}])
+"""
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    folder = folder_of(runner.folder, settings)
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 5:
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not (folder / OUTCOME).exists()
+    assert "goes on" in (folder / "output.txt").read_text()
+
+    (resumed,) = runner([settings])
+    (undisturbed,) = Runner(runner.folder.parent / "others", 1)([settings])
+    assert [row["step"] for row in resumed.rows] == [row["step"] for row in undisturbed.rows]
+    assert resumed.loss == undisturbed.loss
+
+
+def test_a_run_that_fails_ends_the_study_and_names_its_folder(tiny, runner):
+    from run.errors import UserError
+
+    with pytest.raises(UserError, match="exit code 2.*must be at least 1"):
+        runner([tiny | {"log_interval": 0}])
+
+
+def test_fingerprints_tell_seeds_and_data_apart_and_are_the_same_for_every_optimizer(tiny):
+    same = fingerprints(tiny)
+    assert same == fingerprints(tiny | {"optimizer": "sophiah", "learning_rate": 1.0})
+    other = fingerprints(tiny | {"seed": 2})
+    assert same["batches"] != other["batches"] and same["initial_weights"] != other["initial_weights"]
+    assert same["validation"] == other["validation"] != fingerprints(tiny | {"eval_sequences": 9})["validation"]
+
+
+def formula_of(settings):
+    """Losses with a best point, to which Sophia comes nearer."""
+    loss = 2 + 0.1 * math.log2(settings["learning_rate"] / 3e-3) ** 2 - 0.05 * ("rho" in settings)
+    return loss + 0.01 * settings.get("seed", 0) - 1e-4 * settings["n_embd"]
+
+
+@pytest.fixture
+def scale(dataset):
+    laptop = SCALES["laptop"]
+    return dataclasses.replace(laptop, base=laptop.base | {"dataset": str(dataset)})
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_makes_a_table_and_a_picture(name, scale, tmp_path):
+    study = STUDIES[name]
+    table = json.loads(json.dumps(study.study(Formula(formula_of), scale)))
+    study.figure(table).savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_plan_of_every_study_has_each_run_once(scale, tmp_path):
+    plan = Plan(tmp_path)
+    for study in STUDIES.values():
+        study.study(plan, scale)
+    assert len(plan.wanted) == len(plan.missing) > len(LABELS) * scale.tuning
+    assert plan.tokens() > len(plan.missing) * 10**6
+    assert plan.flops() / plan.tokens() > 1e5
+
+
+def test_losses_of_seeds_and_the_steps_to_adamws_loss(scale):
+    table = STUDIES["losses"].study(Formula(formula_of), scale)
+    assert len({json.dumps(each) for each in table["fingerprints"].values()}) == 1
+    final, seeds = table["final"], scale.seeds
+    assert final["adamw"]["losses"] == pytest.approx([final["adamw"]["mean"] + 0.01 * (seed - 2) for seed in seeds])
+    assert final["adamw"]["sd"] == pytest.approx(0.01)
+    # a loss falls by 3 over the run, in a line: 0.05 lower is a 60th of the steps sooner
+    gap = final["adamw"]["mean"] - final["sophiag"]["losses"][0]
+    steps = scale.base["max_iters"]
+    assert final["sophiag"]["steps_to_adamws_loss"][0] == pytest.approx(steps * (1 - gap / 3))
+    assert [len(found["runs"]) for found in table["search"].values()] == [scale.tuning] * len(LABELS)

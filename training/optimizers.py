@@ -37,8 +37,8 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def betas(settings: Settings, step: int) -> tuple[float, float]:
-    """Those of update `step`. With hessian_bias_correction beta2 grows from 0 to its setting: what h then becomes is the
-    h of the paper divided by 1 - beta2^estimates.
+    """Those of update `step`. With hessian_bias_correction beta2 grows from 0 to its setting. What h then becomes
+    is the h of the paper divided by 1 - beta2^estimates.
     """
     beta2 = settings.beta2
     if settings.uses_curvature and settings.hessian_bias_correction:

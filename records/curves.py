@@ -119,7 +119,7 @@ def mark_speedup(axes: Axes, base: Curve, other: Curve, x: str) -> str:
         raise UserError(f"{other.label} starts at or below {goal}: there is no speedup to speak of")
     sentence = f"{other.label} never reaches {goal}"
     if reached is not None:
-        spent = [f"{value:,.1f}".removesuffix(".0") if value < 1e7 else f"{value:.3g}" for value in (reached, end)]
+        spent = [in_words(value) for value in (reached, end)]
         ratio = f"speedup {end / reached:.3f}"
         sentence = f"{other.label} has {goal}, after {spent[0]} {X_AXES[x]}, {base.label} after {spent[1]}: {ratio}"
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "gray"}
@@ -130,6 +130,10 @@ def mark_speedup(axes: Axes, base: Curve, other: Curve, x: str) -> str:
     axes.axhline(level, color="black", linestyle="--", linewidth=1.2)
     axes.set_title(textwrap.fill(sentence, 80), fontsize=11)
     return sentence
+
+
+def in_words(x: float) -> str:
+    return f"{x:.3g}" if x >= 1e7 else f"{x:,.{int(x < 1000)}f}".removesuffix(".0")
 
 
 def first_x_at(level: float, xs: np.ndarray, losses: np.ndarray) -> float | None:

@@ -13,6 +13,7 @@ import torch
 import evaluate
 from model import GPT, GPTConfig
 from run.errors import UserError
+from tokens.hugging_face import tokenizer_files
 from tokens.tokenizers import TOKENIZERS
 
 BYTES = TOKENIZERS["bytes"]
@@ -256,7 +257,9 @@ def test_scores_agree_with_the_harness_own_model_of_transformers(tasks, tmp_path
         vocab_size=256, n_positions=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    theirs = HFLM(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), tokenizer=byte_tokenizer(), batch_size=4)
+    for file, content in tokenizer_files(BYTES, 128).items():
+        (tmp_path / file).write_text(json.dumps(content))
+    theirs = HFLM(str(tmp_path), device="cpu", dtype="float32", batch_size=4)
     ours = seen_by_harness(GPT.from_pretrained(str(tmp_path)))
     results, answers = [], []
     for model in (theirs, ours):
@@ -268,20 +271,6 @@ def test_scores_agree_with_the_harness_own_model_of_transformers(tasks, tmp_path
     assert [greedy for _, greedy in answers[1]] == [greedy for _, greedy in answers[0]]
     text = instances(("Every good story has an end, they say. " * 8,), ("Short.",))
     assert ours.loglikelihood_rolling(text) == pytest.approx(theirs.loglikelihood_rolling(text), abs=1e-3)
-
-
-def byte_tokenizer():
-    """Every byte a token, 0 the end of a text, as transformers has it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in GPT-2's files
-    hidden = [byte for byte in range(256) if byte not in visible]
-    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-    tokenizer = Tokenizer(models.BPE({characters[byte]: byte for byte in range(256)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=characters[0])
 
 
 @needs_harness

@@ -12,18 +12,18 @@ LETTERS |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(2
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, as JSON objects, of the tokenizer and a context of `block_size`."""
-    special: dict[str, str] = {}
     if tokenizer.name == "bytes":
-        vocabulary, merges = {LETTERS[byte]: byte for byte in range(256)}, []
+        end = "\0"  # a token of its own, in place of its letter: only so is it both special and what the byte gives
+        vocabulary, merges = {LETTERS[byte] if byte else end: byte for byte in range(256)}, []
     elif tokenizer.name == "gpt2":
         ranks = tokenizer.encoding._mergeable_ranks
         vocabulary = {letters(token): rank for token, rank in ranks.items()}
         merges = [[letters(part) for part in parts(token, ranks)] for token in sorted(ranks, key=ranks.get)[256:]]
-        special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+        end = "<|endoftext|>"
     else:
         raise UserError(f"the tokenizer {tokenizer.name!r} cannot be exported; gpt2 and bytes can")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": tokenizer.end_of_text, "content": token} | flags for token in set(special.values())]
+    added = [{"id": tokenizer.end_of_text, "content": end} | flags]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bool(merges)}
     return {
         "tokenizer.json": {
@@ -31,9 +31,9 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str
             "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         },
-        "tokenizer_config.json": special | {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-            "clean_up_tokenization_spaces": False,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size, "eos_token": end,
+            "bos_token": end, "clean_up_tokenization_spaces": False,
         },
     }  # fmt: skip
 

@@ -91,7 +91,7 @@ def test_runs_end_once_and_diverged_ones_are_infinitely_bad(tiny, runner):
 
 def test_a_stopped_run_goes_on_where_it_was(tiny, runner):
     """The program is stopped by a signal; the same runs end with the loss of a run that nothing stopped."""
-    settings = tiny | {"max_iters": 80, "eval_interval": 10}
+    settings = tiny | {"max_iters": 300, "eval_interval": 150}
     code = f"""
 import signal
 from pathlib import Path

@@ -45,18 +45,14 @@ class Result:
         return [(row["step"], row["val/loss"]) for row in self.rows if "val/loss" in row]
 
 
-@dataclass(frozen=True)
 class Runner:
     """Calls train.py for the settings that studies ask for, at most `jobs` at a time."""
 
-    folder: Path
-    jobs: int
-    bar: tqdm = field(default_factory=lambda: tqdm(unit="run", dynamic_ncols=True))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_pool", ThreadPoolExecutor(self.jobs))
-        object.__setattr__(self, "_children", set())
-        object.__setattr__(self, "_stopping", threading.Event())
+    def __init__(self, folder: Path, jobs: int):
+        self.folder, self.jobs = folder, jobs
+        self.bar = tqdm(unit="run", dynamic_ncols=True)
+        self._pool, self._stopping = ThreadPoolExecutor(jobs), threading.Event()
+        self._children: set[subprocess.Popen] = set()
 
     def __call__(self, wanted: Sequence[dict[str, Any]]) -> list[Result]:
         """The results of runs with these settings, in their order; waits for them."""
@@ -118,7 +114,7 @@ class Plan:
             else:
                 self.missing[folder] = settings
                 steps = settings["max_iters"]
-                row = {"seconds": 1.0, "clip_rate": 0.0, "win_rate": 0.0, "tokens_per_second": 1.0}
+                row = {"seconds": 1.0, "clip_rate": 0.0, "win_rate": 0.0}
                 results.append(
                     Result(settings, 10.0 + number, [{"step": s, "val/loss": 10.0} | row for s in (0, steps)])
                 )

@@ -53,20 +53,27 @@ PAPER: Settings = {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 480, "micro_batch_size": 12,
     "max_iters": 100_000, "warmup_iters": 2000, "eval_interval": 1000, "device": "cuda", "dtype": "bfloat16",
 }  # fmt: skip
-ADAMW, LION = {"beta1": 0.9, "beta2": 0.95}, {"beta1": 0.95, "beta2": 0.98}
+
+
+def centres(adamw: float, lion: float, sophia: float, sophias_beta1: float) -> dict[str, dict[str, float]]:
+    """Where the searches begin: at these learning rates, and otherwise at the optimizers' defaults."""
+    g = {"learning_rate": sophia, "rho": 0.05, "beta1": sophias_beta1}
+    return {
+        "adamw": {"learning_rate": adamw, "beta1": 0.9, "beta2": 0.95},
+        "lion": {"learning_rate": lion, "beta1": 0.95, "beta2": 0.98},
+        "sophiag_paper": g,
+        "sophiag": g,
+        "sophiah": g | {"rho": 0.01},
+    }
+
+
 SCALES = {
     # Sophia's beta1 begins at 0.9, as short runs do badly with the paper's 0.96
     "laptop": Scale(
         LAPTOP,
         OPTIMIZERS
         | {"sophiag_paper": OPTIMIZERS["sophiag_paper"] | {"hessian_batch_size": 512}},  # half, as the paper's
-        {
-            "adamw": {"learning_rate": 8e-3} | ADAMW,
-            "lion": {"learning_rate": 1e-3} | LION,
-            "sophiag_paper": {"learning_rate": 8e-3, "rho": 0.05, "beta1": 0.9},
-            "sophiag": {"learning_rate": 8e-3, "rho": 0.05, "beta1": 0.9},
-            "sophiah": {"learning_rate": 8e-3, "rho": 0.01, "beta1": 0.9},
-        },
+        centres(adamw=8e-3, lion=1e-3, sophia=8e-3, sophias_beta1=0.9),
         first=8,
         tuning=16,
         seeds=(1, 2, 3),
@@ -74,13 +81,7 @@ SCALES = {
     "gpu": Scale(
         GPU,
         OPTIMIZERS | {"sophiag_paper": OPTIMIZERS["sophiag_paper"] | {"hessian_batch_size": 60}},
-        {
-            "adamw": {"learning_rate": 1.2e-3} | ADAMW,
-            "lion": {"learning_rate": 4e-4} | LION,
-            "sophiag_paper": {"learning_rate": 1e-3, "rho": 0.05, "beta1": 0.9},
-            "sophiag": {"learning_rate": 1e-3, "rho": 0.05, "beta1": 0.9},
-            "sophiah": {"learning_rate": 1e-3, "rho": 0.01, "beta1": 0.9},
-        },
+        centres(adamw=1.2e-3, lion=4e-4, sophia=1e-3, sophias_beta1=0.9),
         first=4,
         tuning=8,
         seeds=(1, 2, 3),
@@ -88,13 +89,7 @@ SCALES = {
     "paper": Scale(
         PAPER,
         OPTIMIZERS,
-        {
-            "adamw": {"learning_rate": 6e-4} | ADAMW,
-            "lion": {"learning_rate": 1e-4} | LION,
-            "sophiag_paper": {"learning_rate": 6e-4, "rho": 0.05, "beta1": 0.96},
-            "sophiag": {"learning_rate": 6e-4, "rho": 0.05, "beta1": 0.96},
-            "sophiah": {"learning_rate": 6e-4, "rho": 0.01, "beta1": 0.96},
-        },
+        centres(adamw=6e-4, lion=1e-4, sophia=6e-4, sophias_beta1=0.96),
         first=4,
         tuning=8,
         seeds=(1, 2, 3),

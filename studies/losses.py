@@ -1,4 +1,6 @@
-"""Losses: each optimizer tuned with as many runs, then three seeds at its best; AdamW at twice the steps, too."""
+"""Losses: each optimizer tuned with as many runs, then three seeds of twice the steps at its best; AdamW also with
+twice as many again.
+"""
 
 import math
 from functools import partial
@@ -14,18 +16,16 @@ from studies.runs import Result, Runner, together
 from studies.scales import LABELS, Scale
 from studies.search import Search, search
 
+LONGER = 2  # times the steps of the runs that tune
+
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     searches = dict(zip(LABELS, together([partial(tune, runner, scale, name) for name in LABELS]), strict=True))
-    wanted = [best_settings(scale, name, searches[name]) | {"seed": seed} for name in LABELS for seed in scale.seeds]
-    double = 2 * scale.base["max_iters"]
-    longer = [
-        best_settings(scale, "adamw", searches["adamw"]) | {"seed": seed, "max_iters": double} for seed in scale.seeds
-    ]
-    results = runner(wanted + longer)
-    count = len(scale.seeds)
-    groups = {name: results[number * count : (number + 1) * count] for number, name in enumerate(LABELS)}
-    groups["adamw_twice"] = results[-count:]
+    steps = LONGER * scale.base["max_iters"]
+    finals = {name: best_settings(scale, name, searches[name]) | {"max_iters": steps} for name in LABELS}
+    finals["adamw_twice"] = finals["adamw"] | {"max_iters": 2 * steps}
+    results = iter(runner([final | {"seed": seed} for final in finals.values() for seed in scale.seeds]))
+    groups = {name: [next(results) for _ in scale.seeds] for name in finals}
     goal = fmean(result.loss for result in groups["adamw"])
     return {
         "fingerprints": {name: runs.fingerprints(scale.settings(name) | {"seed": scale.seeds[0]}) for name in LABELS},

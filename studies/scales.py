@@ -32,64 +32,67 @@ class Scale:
         return Space(self.centres[optimizer])
 
 
-OPTIMIZERS: dict[str, Settings] = {
-    "adamw": {"optimizer": "adamw"},
-    "lion": {"optimizer": "lion"},
-    "sophiag_paper": {"optimizer": "sophiag", "hessian_estimator": "paper"},
-    "sophiag": {"optimizer": "sophiag", "hessian_estimator": "averaged"},
-    "sophiah": {"optimizer": "sophiah"},
-}
 LAPTOP: Settings = {
-    "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 128, "batch_size": 1024, "micro_batch_size": 64,
-    "max_iters": 240, "warmup_iters": 24, "eval_interval": 10, "eval_sequences": 1024, "device": "cpu",
-    "dtype": "bfloat16",
+    "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 1600, "micro_batch_size": 100,
+    "max_iters": 120, "warmup_iters": 24, "eval_interval": 10, "eval_sequences": 1024, "device": "cpu",
+    "dtype": "float32", "compile": False,
 }  # fmt: skip
 GPU: Settings = {
     "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "batch_size": 120, "micro_batch_size": 40,
-    "max_iters": 1000, "warmup_iters": 100, "eval_interval": 50, "eval_sequences": 512, "device": "cuda",
+    "max_iters": 500, "warmup_iters": 100, "eval_interval": 50, "eval_sequences": 512, "device": "cuda",
     "dtype": "bfloat16",
 }  # fmt: skip
 PAPER: Settings = {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 480, "micro_batch_size": 12,
-    "max_iters": 100_000, "warmup_iters": 2000, "eval_interval": 1000, "device": "cuda", "dtype": "bfloat16",
+    "max_iters": 50_000, "warmup_iters": 2000, "eval_interval": 1000, "device": "cuda", "dtype": "bfloat16",
 }  # fmt: skip
 
 
-def centres(adamw: float, lion: float, sophia: float, sophias_beta1: float) -> dict[str, dict[str, float]]:
+def optimizers(batch_size: int) -> dict[str, Settings]:
+    """What makes an optimizer; curvature is estimated on as large a part of a batch as in the paper."""
+    half, fifteenth = {"hessian_batch_size": batch_size // 2}, {"hessian_batch_size": 4 * round(batch_size / 60)}
+    return {
+        "adamw": {"optimizer": "adamw"},
+        "lion": {"optimizer": "lion"},
+        "sophiag_paper": {"optimizer": "sophiag", "hessian_estimator": "paper"} | half,
+        "sophiag": {"optimizer": "sophiag", "hessian_estimator": "averaged"} | fifteenth,
+        "sophiah": {"optimizer": "sophiah"} | fifteenth,
+    }
+
+
+def centres(adamw: float, lion: float, sophia: dict[str, float]) -> dict[str, dict[str, float]]:
     """Where the searches begin: at these learning rates, and otherwise at the optimizers' defaults."""
-    g = {"learning_rate": sophia, "rho": 0.05, "beta1": sophias_beta1}
     return {
         "adamw": {"learning_rate": adamw, "beta1": 0.9, "beta2": 0.95},
         "lion": {"learning_rate": lion, "beta1": 0.95, "beta2": 0.98},
-        "sophiag_paper": g,
-        "sophiag": g,
-        "sophiah": g | {"rho": 0.01},
+        "sophiag_paper": sophia,
+        "sophiag": sophia,
+        "sophiah": sophia | {"rho": sophia["rho"] / 5},
     }
 
 
 SCALES = {
-    # Sophia's beta1 begins at 0.9, as short runs do badly with the paper's 0.96
+    # Sophia begins at a lower beta1 and a higher rho than the paper's where runs are too short for h to fill up
     "laptop": Scale(
         LAPTOP,
-        OPTIMIZERS
-        | {"sophiag_paper": OPTIMIZERS["sophiag_paper"] | {"hessian_batch_size": 512}},  # half, as the paper's
-        centres(adamw=8e-3, lion=1e-3, sophia=8e-3, sophias_beta1=0.9),
-        first=8,
-        tuning=16,
+        optimizers(LAPTOP["batch_size"]),
+        centres(adamw=4e-3, lion=1e-3, sophia={"learning_rate": 4e-3, "rho": 0.2, "beta1": 0.8}),
+        first=6,
+        tuning=12,
         seeds=(1, 2, 3),
     ),
     "gpu": Scale(
         GPU,
-        OPTIMIZERS | {"sophiag_paper": OPTIMIZERS["sophiag_paper"] | {"hessian_batch_size": 60}},
-        centres(adamw=1.2e-3, lion=4e-4, sophia=1e-3, sophias_beta1=0.9),
+        optimizers(GPU["batch_size"]),
+        centres(adamw=1.2e-3, lion=4e-4, sophia={"learning_rate": 1e-3, "rho": 0.1, "beta1": 0.9}),
         first=4,
         tuning=8,
         seeds=(1, 2, 3),
     ),
     "paper": Scale(
         PAPER,
-        OPTIMIZERS,
-        centres(adamw=6e-4, lion=1e-4, sophia=6e-4, sophias_beta1=0.96),
+        optimizers(PAPER["batch_size"]),
+        centres(adamw=6e-4, lion=1e-4, sophia={"learning_rate": 6e-4, "rho": 0.05, "beta1": 0.96}),
         first=4,
         tuning=8,
         seeds=(1, 2, 3),

@@ -38,14 +38,22 @@ def is_sophia(folder: Path) -> bool:
     return (folder / "sophia.py").exists()
 
 
-def model(settings: Settings, folder: Path) -> nn.Module:
+def model(settings: Settings, folder: Path, vocab_size: int = -(-GPT2.vocab_size // 64) * 64) -> nn.Module:
     """The peer's model, for our settings."""
     for name in ("model", "sophia"):  # ours, which theirs would be taken for
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     theirs = importlib.import_module("model")
     shape = {name: getattr(settings, name) for name in "block_size n_layer n_head n_embd dropout bias".split()}
-    return theirs.GPT(theirs.GPTConfig(vocab_size=-(-GPT2.vocab_size // 64) * 64, **shape))
+    return theirs.GPT(theirs.GPTConfig(vocab_size=vocab_size, **shape))
+
+
+def optimizer(groups: list[dict], settings: Settings, folder: Path) -> torch.optim.Optimizer:
+    """The peer's optimizer for these parameter groups, after `model`: nanoGPT's is torch's AdamW."""
+    betas = settings.beta1, settings.beta2
+    if is_sophia(folder):
+        return importlib.import_module("sophia").SophiaG(groups, betas=betas, rho=settings.rho)
+    return torch.optim.AdamW(groups, betas=betas)
 
 
 def step(settings: Settings, machine: Machine, folder: Path) -> Callable[[bool], None]:

@@ -22,8 +22,10 @@ from run.errors import UserError
 from run.machine import Machine, set_up
 from run.settings import Settings
 from tokens.batches import Batches
+from tokens.token_files import TokenData
 from train import update
 from training.curvature import Curvature
+from training.meter import StepResult
 from training.optimizers import make_optimizer
 from training.parallel import DataParallel
 from training.start import make_model, shape_of
@@ -31,17 +33,24 @@ from training.start import make_model, shape_of
 TOP = 12  # operations that a profile lists
 
 
-def our_step(settings: Settings) -> Callable[[bool], None]:
-    """The update of train.py, with an estimate of curvature if told so."""
-    machine, data = set_up(settings), random_tokens(settings)
+def our_update(
+    settings: Settings, machine: Machine, data: TokenData
+) -> tuple[Callable[[int], StepResult], GPT, torch.optim.Optimizer]:
+    """The update of train.py, which takes the number of the step; its model, and its optimizer."""
     model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
     optimizer, curvature = make_optimizer(model, settings, machine), Curvature(model, settings, machine, batches)
     writer = CheckpointWriter(Path(settings.out_dir), model, optimizer, settings, data, machine)
     parallel = DataParallel(model, machine)
+    return lambda step: update(step, parallel, optimizer, batches, curvature, writer), model, optimizer
+
+
+def our_step(settings: Settings) -> Callable[[bool], None]:
+    """An update, with an estimate of curvature if told so."""
+    update_number, _, _ = our_update(settings, set_up(settings), random_tokens(settings))
     numbers = {True: 1, False: 2}  # of the next updates with and without an estimate
 
     def step(with_estimate: bool) -> None:
-        update(numbers[with_estimate], parallel, optimizer, batches, curvature, writer)
+        update_number(numbers[with_estimate])
         numbers[with_estimate] += settings.hessian_interval
 
     return step

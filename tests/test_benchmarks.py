@@ -74,6 +74,71 @@ class GPT(torch.nn.Module):
         assert idx.shape == (1, 16) and max_new_tokens == 500
         return self.transformer.generate(idx, max_new_tokens, top_k=top_k)
 """
+PEER_THAT_TRAINS = f"""
+import runpy
+import sys
+import torch
+
+sys.path.insert(0, {str(ROOT)!r})  # where our model finds our optimizer
+globals().update(runpy.run_path({str(ROOT / "model.py")!r}))
+sys.path.pop(0)
+sys.modules.pop("sophia")
+Ours = GPT
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = Ours(config)
+
+    def forward(self, idx, targets):
+        logits = self.transformer(idx)
+        if isinstance(targets, int):
+            return logits, None
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) * FACTOR
+"""
+RELEASED_SOPHIA = """
+import torch
+
+class SophiaG(torch.optim.Optimizer):
+    def __init__(self, groups, betas, rho):
+        super().__init__(groups, {"betas": betas, "rho": rho})
+
+    @torch.no_grad()
+    def update_hessian(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                h = self.state[p].setdefault("hessian", torch.zeros_like(p))
+                h.mul_(group["betas"][1]).add_((1 - group["betas"][1]) * p.grad**2)
+
+    @torch.no_grad()
+    def step(self, bs):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p *= 1 - group["lr"] * group["weight_decay"]
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - group["betas"][0])
+                p -= group["lr"] * (m / (group["rho"] * bs * self.state[p]["hessian"] + 1e-15)).clamp(-1, 1)
+"""
+
+
+@pytest.mark.parametrize("sophia", [False, True])
+def test_parity_tells_how_far_losses_part(sophia, dataset, tmp_path):
+    """A peer that computes the same has the same losses; one whose loss is a little larger does not."""
+    for name, factor in (("same", 1), ("other", 1.01)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text(f"FACTOR = {factor}\n{PEER_THAT_TRAINS}")
+        if sophia:
+            (tmp_path / name / "sophia.py").write_text(RELEASED_SOPHIA)
+    options = [*SMALL, f"--dataset={dataset}", "--batch_size=4", "--learning_rate=1e-3", "--peer"]
+    for name in ("same", "other"):
+        command = [sys.executable, "-m", "benchmarks", "parity", *options, tmp_path / name]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        printed = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout
+        result = json.loads(printed)[name]
+        assert result["optimizer"] == ("sophiag" if sophia else "adamw")
+        ours, theirs = result["losses"]["100"]
+        assert ours < result["losses"]["1"][0] - 0.2
+        assert abs(ours - theirs) <= result["largest_difference_until"]["100"]
+        assert (result["largest_difference_until"]["10"] < 1e-5) == (name == "same")
 
 
 @pytest.fixture
@@ -197,6 +262,7 @@ def test_gpu_check_without_a_gpu_does_nothing(call, refused, tmp_path):
         (["speed"], "invalid choice: 'speed'"),
         (["train", "--n_layr=3"], "did you mean 'n_layer'"),
         (["train", "--rounds=0"], "--rounds = 0: must be at least 1"),
+        (["parity", *SMALL], "parity needs --peer DIR"),
         (["train", *SMALL, "--peer", "nowhere"], "--peer nowhere is no checkout of nanoGPT"),
         (["train", *SMALL, "--batch_size=3"], "batch_size = 3 is not a multiple of 2"),
         (["profile", *SMALL, "--trace", "nowhere/trace.json"], "--trace nowhere/trace.json cannot be written"),

@@ -1,0 +1,91 @@
+"""Our training beside other projects': the same weights, batches and labels, and how far the losses part."""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from benchmarks import peers
+from benchmarks.step import our_update
+from run.errors import UserError
+from run.machine import Machine
+from run.settings import OPTIMIZER_DEFAULTS, Settings
+from sophia import labels_from_uniforms
+from tokens.batches import Batches
+from tokens.token_files import open_data
+from training.optimizers import betas, learning_rate
+
+STEPS = 100
+SHOWN = (1, 3, 10, 30, 100)  # the steps whose losses are printed
+
+
+def parity(options: Namespace, settings: Settings, machine: Machine) -> dict[str, Any]:
+    """Training losses of ours and of each peer over STEPS updates, in float32 and eager."""
+    if not options.peer:
+        raise UserError("parity needs --peer DIR …: checkouts of nanoGPT or of the released Sophia")
+    machine = dataclasses.replace(machine, dtype=torch.float32, compile=False)
+    return {"dtype": "float32", "compile": False} | {
+        folder.resolve().name: compare(folder, settings, machine) for folder in options.peer
+    }
+
+
+def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any]:
+    """The peer's optimizer decays what ours decays, and takes its estimates where ours does, with their labels."""
+    peers.machines(folder, machine)  # refuses what is no peer
+    name = "sophiag" if peers.is_sophia(folder) else "adamw"
+    chosen = OPTIMIZER_DEFAULTS[name] | {"optimizer": name, "hessian_estimator": "paper", "dropout": 0.0}
+    chosen |= {"hessian_batch_size": settings.batch_size, "max_iters": STEPS, "lr_decay_iters": STEPS}
+    settings = dataclasses.replace(settings, **chosen, warmup_iters=STEPS // 10)
+    data = open_data(settings.dataset, settings.block_size)
+    torch.manual_seed(settings.seed)
+    update, ours, optimizer = our_update(settings, machine, data)
+    with contextlib.redirect_stdout(sys.stderr):  # where peers may print what they like
+        model = peers.model(settings, folder, data.padded_vocab_size).to(machine.device)
+    model.transformer.load_state_dict(ours.state_dict(), strict=False)  # the released model has masks besides
+    names = {param: name for name, param in ours.named_parameters()}
+    theirs = dict(model.transformer.named_parameters())
+    groups = [
+        group | {"params": [theirs[names[param]] for param in group["params"]]} for group in optimizer.param_groups
+    ]
+    losses = their_losses(model, peers.optimizer(groups, settings, folder), settings, Batches(data, settings, machine))
+    pairs = [(update(step).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
+    return {
+        "optimizer": name,
+        "losses": {step: pairs[step - 1] for step in SHOWN},
+        "largest_difference_until": {step: max(abs(a - b) for a, b in pairs[:step]) for step in SHOWN},
+    }
+
+
+def their_losses(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, batches: Batches
+) -> Iterator[float]:
+    """Train the peer's model. Gives the mean loss over the batch of every update."""
+    tokens = {"bs": settings.batch_size * settings.block_size} if settings.uses_curvature else {}
+    for step in itertools.count(1):
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = learning_rate(settings, step), betas(settings, step)
+        if settings.uses_curvature and step % settings.hessian_interval == 1:
+            uniforms = batches.label_uniforms(step)
+            for (x, _), (first, last) in batches.curvature(step, settings.micro_batch_size):
+                logits = model(x, 0)[0].flatten(0, 1)
+                labels = labels_from_uniforms(logits.detach(), uniforms[:, first:last].flatten(1))
+                (F.cross_entropy(logits, labels) * (last - first) / settings.batch_size).backward()
+            optimizer.update_hessian()
+            optimizer.zero_grad()
+        total = 0.0
+        for x, y in batches.train(step):
+            loss = model(x, y)[1] / batches.accumulation_steps
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step(**tokens)
+        optimizer.zero_grad()
+        yield total

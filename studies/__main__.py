@@ -4,15 +4,15 @@
     python -m studies losses batch why --scale=gpu --dataset=openwebtext
     python -m studies losses --scale=gpu --plan                 what it would run, and how long it would take
 
-A study that was stopped goes on where it was: runs that ended are not run again. Tables and pictures are written to
-results/STUDY/. The later studies begin with the best settings that `losses` found at the same scale.
+A study that was stopped goes on where it was. Runs that ended are lines of results/runs.jsonl and are not run again:
+give --results=FOLDER to begin anew. Tables and pictures are written to results/STUDY/. The later studies begin with the
+best settings that `losses` found at the same scale.
 """
 
 import signal
 from pathlib import Path
 from types import ModuleType
 
-from records import metrics
 from run import errors
 from run.files import write_json
 from run.settings import ROOT
@@ -44,14 +44,14 @@ def main() -> None:
     scale = SCALES[options.scale]
     dataset = options.dataset or ("books" if options.scale == "laptop" else "openwebtext")
     scale.base["dataset"] = dataset
-    folder = options.runs.absolute() / options.scale
-    plan = runs.Plan(folder)
+    ledger = runs.Ledger(options.results / "runs.jsonl")
+    plan = runs.Plan(ledger)
     for name in options.studies:
         STUDIES[name].study(plan, scale)
     print(in_words(plan, options.jobs))
     if options.plan:
         return
-    runner = runs.Runner(folder, options.jobs)
+    runner = runs.Runner(ledger, options.runs.absolute(), options.jobs)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
     for name in options.studies:
@@ -60,17 +60,15 @@ def main() -> None:
 
 def in_words(plan: runs.Plan, jobs: int) -> str:
     words = f"{len(plan.missing)} of {len(plan.wanted)} runs are to be done, {plan.tokens() / 1e6:,.0f}M tokens"
-    speed = runs.measured_speed(plan.folder)
     if not plan.missing:
         return words
-    if not speed:
-        return f"{words}; how long they take is known when the first has ended"
-    return f"{words}, in about {plan.flops() / speed / jobs / 3600:.1f} hours"
+    hours = plan.hours(jobs)
+    return f"{words}, " + (f"in about {hours:.1f} hours" if hours else "the first will tell how long they take")
 
 
 def write(folder: Path, study: ModuleType, runner: runs.Runner, scale: Scale) -> None:
     """The study's table.json and picture, made of the runs' folders."""
-    table = {"commit": metrics.commit(), "base": scale.base} | study.study(runner, scale)
+    table = {"base": scale.base} | study.study(runner, scale)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", table)
     study.figure(table).savefig(folder / "figure.png", dpi=150)

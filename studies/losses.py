@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS, first_x_at
-from studies import runs
 from studies.runs import Result, Runner, together
 from studies.scales import LABELS, Scale
 from studies.search import Search, search
@@ -28,7 +27,7 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     groups = {name: [next(results) for _ in scale.seeds] for name in finals}
     goal = fmean(result.loss for result in groups["adamw"])
     return {
-        "fingerprints": {name: runs.fingerprints(scale.settings(name) | {"seed": scale.seeds[0]}) for name in LABELS},
+        "fingerprints": {name: group[0].fingerprints for name, group in groups.items()},
         "search": {name: found.table() for name, found in searches.items()},
         "final": {name: summary(group, goal) for name, group in groups.items()},
     }
@@ -46,9 +45,9 @@ def summary(group: list[Result], goal: float) -> dict[str, Any]:
     """Of runs that differ in their seed: losses, the steps to the loss `goal`, time, clipping, and the mean curve."""
     losses = [result.loss for result in group]
     alive = [result for result in group if math.isfinite(result.loss)]
-    steps = [first_x_at(goal, *np.array(result.curve()).T) for result in alive]
-    last = [result.rows[-1] for result in alive]
-    curves = np.array([result.curve() for result in alive])
+    steps = [first_x_at(goal, *np.array(result.curve).T) for result in alive]
+    last = [result.last for result in alive]
+    curves = np.array([result.curve for result in alive])
     return {
         "losses": losses,
         "mean": fmean(losses),

@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,66 +23,101 @@ from tqdm import tqdm
 from model import GPT
 from records import metrics
 from run import errors
-from run.files import read_json, write_json
 from run.settings import ROOT, Settings, complete
 from tokens.token_files import open_data
 from training.start import shape_of
 
-OUTCOME = "outcome.json"  # of a run that ended: train.py's exit code, its last words, and the seconds it took
+KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # of the last row of a run's metrics.jsonl
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run that ended. `loss` is its final validation loss in nats per token, infinite where it diverged."""
+    """A run that ended."""
 
     settings: dict[str, Any]  # those that the study chose
-    loss: float
-    rows: list[dict[str, Any]] = field(repr=False)  # of its metrics.jsonl
+    loss: float  # final validation loss in nats per token, infinite where the run diverged
+    curve: list[list[float]]  # validation losses, as [step, loss]
+    last: dict[str, Any]  # the last row of its metrics.jsonl
+    parameters: int
+    fingerprints: dict[str, str]
+    commit: str | None
 
-    def curve(self) -> list[tuple[int, float]]:
-        """The validation losses, as (step, loss)."""
-        return [(row["step"], row["val/loss"]) for row in self.rows if "val/loss" in row]
+
+class Ledger:
+    """The runs that ended, a JSON object a line. Tables are made of it, and nothing in it is run again. It is published
+    beside the tables, so that a study goes on on another machine.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.results: dict[str, Result] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            result = json.loads(line)
+            result["loss"] = math.inf if result["loss"] is None else result["loss"]
+            self._keep(Result(**result))
+
+    def _keep(self, result: Result) -> None:
+        self.results[name_of(result.settings)] = result
+
+    def find(self, settings: dict[str, Any]) -> Result | None:
+        return self.results.get(name_of(settings))
+
+    def add(self, result: Result) -> None:
+        self._keep(result)
+        line = asdict(result) | {"loss": result.loss if math.isfinite(result.loss) else None}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def speed(self) -> float | None:
+        """Floating-point operations that its runs made in a second of training; None without a run."""
+        flops, seconds = (sum(result.last[key] for result in self.results.values()) for key in ("flops", "seconds"))
+        return flops / seconds if seconds else None
 
 
 class Runner:
     """Calls train.py for the settings that studies ask for, at most `jobs` at a time."""
 
-    def __init__(self, folder: Path, jobs: int):
-        self.folder, self.jobs = folder, jobs
+    def __init__(self, ledger: Ledger, folder: Path, jobs: int):
+        self.ledger, self.folder, self.jobs = ledger, folder, jobs
         self.bar = tqdm(unit="run", dynamic_ncols=True)
         self._pool, self._stopping = ThreadPoolExecutor(jobs), threading.Event()
         self._children: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
 
     def __call__(self, wanted: Sequence[dict[str, Any]]) -> list[Result]:
         """The results of runs with these settings, in their order; waits for them."""
         return list(self._pool.map(self._result, wanted))
 
     def _result(self, settings: dict[str, Any]) -> Result:
-        folder = folder_of(self.folder, settings)
-        if not (folder / OUTCOME).exists():
-            self._train(folder, settings)
+        if not (result := self.ledger.find(settings)):
+            folder = self.folder / name_of(settings)
+            code = self._train(folder, settings)
+            with self._lock:  # PyTorch's random numbers are shared, and the ledger's file
+                result = read_result(folder, settings, diverged=code != 0)
+                self.ledger.add(result)
         self.bar.update()
-        return read_result(folder, settings)
+        return result
 
-    def _train(self, folder: Path, settings: dict[str, Any]) -> None:
+    def _train(self, folder: Path, settings: dict[str, Any]) -> int:
+        """The exit code of train.py: 0 or that of a run that diverged."""
         if self._stopping.is_set():
             raise errors.UserError("stopped")
         folder.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         options = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, ROOT / "train.py", f"--out_dir={folder}", "--init_from=auto", *options]
-        started = time.perf_counter()
         with open(folder / "output.txt", "a", encoding="utf-8") as output:
             environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
             child = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
             self._children.add(child)
             code = child.wait()
             self._children.discard(child)
-        words = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         if code not in (0, errors.Diverged.exit_code):
             self._stopping.set()
+            words = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise errors.UserError(f"the run in {folder} ended with exit code {code}: {' '.join(words)}")
-        write_json(folder / OUTCOME, {"exit": code, "words": words, "seconds": time.perf_counter() - started})
+        return code
 
     def stop(self, number: int, _: Any) -> NoReturn:
         """A signal handler: the runs under way write their checkpoints, and the others do not begin."""
@@ -99,32 +133,32 @@ class Plan:
     get a made-up loss, lowest for the first of those asked for at once.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.wanted: set[Path] = set()
-        self.missing: dict[Path, dict[str, Any]] = {}
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+        self.wanted: set[str] = set()
+        self.missing: dict[str, dict[str, Any]] = {}
 
     def __call__(self, wanted: Sequence[dict[str, Any]]) -> list[Result]:
-        results = []
-        for number, settings in enumerate(wanted):
-            folder = folder_of(self.folder, settings)
-            self.wanted.add(folder)
-            if (folder / OUTCOME).exists():
-                results.append(read_result(folder, settings))
-            else:
-                self.missing[folder] = settings
-                steps = settings["max_iters"]
-                row = {"seconds": 1.0, "clip_rate": 0.0, "win_rate": 0.0}
-                results.append(
-                    Result(settings, 10.0 + number, [{"step": s, "val/loss": 10.0} | row for s in (0, steps)])
-                )
-        return results
+        return [self._result(settings, 10.0 + number) for number, settings in enumerate(wanted)]
+
+    def _result(self, settings: dict[str, Any], loss: float) -> Result:
+        self.wanted.add(name_of(settings))
+        if result := self.ledger.find(settings):
+            return result
+        self.missing[name_of(settings)] = settings
+        curve = [[0, 10.0], [settings["max_iters"], 10.0]]
+        last = {"seconds": 1.0, "clip_rate": 0.0, "win_rate": 0.0}
+        return Result(settings, loss, curve, last, settings["n_layer"] * settings["n_embd"] ** 2, {}, None)
 
     def tokens(self) -> int:
         return sum(map(tokens_of, self.missing.values()))
 
-    def flops(self) -> float:
-        return sum(tokens_of(settings) * flops_per_token(settings) for settings in self.missing.values())
+    def hours(self, jobs: int) -> float | None:
+        """As the runs that ended went; None before there are such."""
+        if not (speed := self.ledger.speed()):
+            return None
+        flops = sum(tokens_of(settings) * new_model(settings).flops_per_token() for settings in self.missing.values())
+        return flops / speed / jobs / 3600
 
 
 def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -133,15 +167,23 @@ def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
-def folder_of(parent: Path, settings: dict[str, Any]) -> Path:
+def name_of(settings: dict[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True)
-    return parent / f"{settings['optimizer']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{settings['optimizer']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def read_result(folder: Path, settings: dict[str, Any]) -> Result:
+def read_result(folder: Path, settings: dict[str, Any], diverged: bool) -> Result:
     rows = metrics.read_rows(folder / metrics.FILE)
-    diverged = read_json(folder / OUTCOME)["exit"] != 0
-    return Result(settings, math.inf if diverged else rows[-1]["val/loss"], rows)
+    curve = [[row["step"], round(row["val/loss"], 5)] for row in rows if "val/loss" in row]
+    return Result(
+        settings=settings,
+        loss=math.inf if diverged else curve[-1][1],
+        curve=curve,
+        last={key: rows[-1][key] for key in KEPT if key in rows[-1]},
+        parameters=sum(param.numel() for param in new_model(settings).parameters()),
+        fingerprints=fingerprints(settings),
+        commit=metrics.commit(),
+    )
 
 
 def completed(settings: dict[str, Any]) -> Settings:
@@ -150,14 +192,6 @@ def completed(settings: dict[str, Any]) -> Settings:
 
 def tokens_of(settings: dict[str, Any]) -> int:
     return settings["max_iters"] * settings["batch_size"] * settings["block_size"]
-
-
-def flops_per_token(settings: dict[str, Any]) -> float:
-    return new_model(settings).flops_per_token()
-
-
-def parameters(settings: dict[str, Any]) -> int:
-    return sum(param.numel() for param in new_model(settings).parameters())
 
 
 def new_model(settings: dict[str, Any]) -> GPT:
@@ -180,12 +214,3 @@ def fingerprints(settings: dict[str, Any]) -> dict[str, str]:
         hashes["initial_weights"].update(weight.numpy())
     hashes["validation"].update(data.val_rows(data.val_blocks(full.eval_sequences)).numpy())
     return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
-
-
-def measured_speed(folder: Path) -> float | None:
-    """Floating-point operations that the ended runs in `folder` made in a second of a job; None without a run."""
-    flops = seconds = 0.0
-    for outcome in folder.glob(f"*/{OUTCOME}"):
-        flops += metrics.read_rows(outcome.parent / metrics.FILE)[-1]["flops"]
-        seconds += read_json(outcome)["seconds"]
-    return flops / seconds if seconds else None

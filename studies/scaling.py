@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
-from studies.runs import Runner, parameters
+from studies.runs import Runner
 from studies.scales import LABELS, Scale
 
 OPTIMIZERS = ("adamw", "lion", "sophiag")
@@ -26,13 +26,14 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     results = iter(runner([settings for rates in sets.values() for settings in rates]))
     rows = []
     for (name, _), rates in sets.items():
-        found = {settings["learning_rate"]: next(results).loss for settings in rates}
+        runs = [next(results) for _ in rates]
+        found = {run.settings["learning_rate"]: run.loss for run in runs}
         best = min(found, key=found.get)
         inside = best not in (min(found), max(found))
         rows.append(
             {
                 "optimizer": name,
-                "parameters": parameters(rates[0]),
+                "parameters": runs[0].parameters,
                 "losses": list(found.items()),
                 "learning_rate": best,
                 "loss": found[best],

@@ -22,7 +22,7 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     results = runner(list(variants.values()))
     return {
         "runs": [
-            {"variant": label, "loss": result.loss, "unclipped_fraction": result.rows[-1].get("win_rate")}
+            {"variant": label, "loss": result.loss, "unclipped_fraction": result.last.get("win_rate")}
             for label, result in zip(variants, results, strict=True)
         ]
     }

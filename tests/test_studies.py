@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from run.settings import ROOT
 from studies.__main__ import STUDIES
-from studies.runs import OUTCOME, Plan, Result, Runner, fingerprints, folder_of
+from studies.losses import LONGER
+from studies.runs import Ledger, Plan, Result, Runner, fingerprints, name_of
 from studies.scales import LABELS, SCALES
 from studies.search import Space, search
 from tests.conftest import TINY
@@ -40,9 +42,9 @@ class Formula:
 
     def result(self, settings):
         end, last = self.loss(settings), settings.get("max_iters", 10)
-        rows = [{"step": step, "val/loss": end + 3 * (1 - step / last)} for step in (0, last // 2, last)]
+        curve = [[step, end + 3 * (1 - step / last)] for step in (0, last // 2, last)]
         rest = {"seconds": 2.0, "clip_rate": 0.5} | ({"win_rate": 0.25} if "rho" in settings else {})
-        return Result(settings, end, [row | rest for row in rows])
+        return Result(settings, end, curve, rest, settings.get("n_embd", 1) ** 2, {"batches": "0"}, None)
 
 
 def test_a_search_finds_the_best_point_far_from_its_centre_and_says_that_it_lies_inside():
@@ -72,48 +74,52 @@ def tiny(dataset):
     return TINY | {"dataset": str(dataset), "optimizer": "adamw", "log_interval": 10}
 
 
+def new_runner(folder):
+    return Runner(Ledger(folder / "results" / "runs.jsonl"), folder / "runs", 2)
+
+
 @pytest.fixture
 def runner(tmp_path):
-    return Runner(tmp_path / "runs", 2)
+    return new_runner(tmp_path)
 
 
-def test_runs_end_once_and_diverged_ones_are_infinitely_bad(tiny, runner):
+def test_runs_end_once_and_diverged_ones_are_infinitely_bad(tiny, runner, tmp_path):
     wanted = [tiny, tiny | {"learning_rate": 1e30, "grad_clip": 0.0, "decay_lr": False}]
     one, two = runner(wanted)
     assert 2 < one.loss < 5.6
     assert two.loss == math.inf
-    assert [step for step, _ in one.curve()] == [0, 10, 20]
-    assert one.curve()[-1][1] == one.loss
-    before = [(folder_of(runner.folder, settings) / OUTCOME).stat().st_mtime_ns for settings in wanted]
-    assert [result.loss for result in Runner(runner.folder, 1)(wanted)] == [one.loss, two.loss]
-    assert before == [(folder_of(runner.folder, settings) / OUTCOME).stat().st_mtime_ns for settings in wanted]
+    assert [step for step, _ in one.curve] == [0, 10, 20]
+    assert one.curve[-1][1] == one.loss
+    assert one.last["step"] == 20 and one.fingerprints == two.fingerprints == fingerprints(tiny)
+    shutil.rmtree(runner.folder)
+    assert new_runner(tmp_path)(wanted) == [one, two]  # with the ledger alone
+    assert not runner.folder.exists()
 
 
-def test_a_stopped_run_goes_on_where_it_was(tiny, runner):
+def test_a_stopped_run_goes_on_where_it_was(tiny, runner, tmp_path):
     """The program is stopped by a signal; the same runs end with the loss of a run that nothing stopped."""
     settings = tiny | {"max_iters": 300, "eval_interval": 150}
     code = f"""
 import signal
 from pathlib import Path
-from studies.runs import Runner
-runner = Runner(Path({str(runner.folder)!r}), 1)
+from tests.test_studies import new_runner
+runner = new_runner(Path({str(tmp_path)!r}))
 signal.signal(signal.SIGTERM, runner.stop)
 runner([{settings!r}])
 """
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    folder = folder_of(runner.folder, settings)
+    folder = runner.folder / name_of(settings)
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
         assert program.poll() is None
         time.sleep(0.01)
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not (folder / OUTCOME).exists()
+    assert not runner.ledger.path.exists()
     assert "goes on" in (folder / "output.txt").read_text()
 
     (resumed,) = runner([settings])
-    (undisturbed,) = Runner(runner.folder.parent / "others", 1)([settings])
-    assert [row["step"] for row in resumed.rows] == [row["step"] for row in undisturbed.rows]
-    assert resumed.loss == undisturbed.loss
+    (undisturbed,) = new_runner(tmp_path / "other")([settings])
+    assert resumed.curve == undisturbed.curve
 
 
 def test_a_run_that_fails_ends_the_study_and_names_its_folder(tiny, runner):
@@ -152,12 +158,17 @@ def test_a_study_makes_a_table_and_a_picture(name, scale, tmp_path):
 
 
 def test_the_plan_of_every_study_has_each_run_once(scale, tmp_path):
-    plan = Plan(tmp_path)
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    plan = Plan(ledger)
     for study in STUDIES.values():
         study.study(plan, scale)
     assert len(plan.wanted) == len(plan.missing) > len(LABELS) * scale.tuning
     assert plan.tokens() > len(plan.missing) * 10**6
-    assert plan.flops() / plan.tokens() > 1e5
+    assert plan.hours(1) is None
+    name = next(iter(plan.missing))
+    ledger.add(dataclasses.replace(plan([plan.missing[name]])[0], last={"flops": 1e12, "seconds": 3600.0}))
+    assert plan.hours(1) == pytest.approx(2 * plan.hours(2))
+    assert 1e5 < plan.hours(1) * 1e12 / plan.tokens() < 1e7  # operations a token
 
 
 def test_losses_of_seeds_and_the_steps_to_adamws_loss(scale):
@@ -168,6 +179,6 @@ def test_losses_of_seeds_and_the_steps_to_adamws_loss(scale):
     assert final["adamw"]["sd"] == pytest.approx(0.01)
     # a loss falls by 3 over the run, in a line: 0.05 lower is a 60th of the steps sooner
     gap = final["adamw"]["mean"] - final["sophiag"]["losses"][0]
-    steps = scale.base["max_iters"]
+    steps = LONGER * scale.base["max_iters"]
     assert final["sophiag"]["steps_to_adamws_loss"][0] == pytest.approx(steps * (1 - gap / 3))
     assert [len(found["runs"]) for found in table["search"].values()] == [scale.tuning] * len(LABELS)

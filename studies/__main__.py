@@ -1,6 +1,7 @@
 """Measure the claims of the Sophia paper: each study is a list of runs of train.py, and makes a table and a picture.
 
     python -m studies losses --scale=laptop --jobs=2            on two CPU cores, one run a core
+    python -m studies losses --scale=quickstart                 AdamW and Sophia-G on the quickstart's model and text
     python -m studies losses batch why --scale=gpu --dataset=openwebtext
     python -m studies losses --scale=gpu --plan                 what it would run, and how long it would take
 
@@ -34,17 +35,22 @@ def main() -> None:
     parser = errors.Parser(__doc__)
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (default %(default)s)")
-    parser.add_argument("--dataset", help="as for train.py (default: books, openwebtext at the larger scales)")
+    parser.add_argument("--dataset", help="as for train.py (default: books, openwebtext at the scales for GPUs)")
     parser.add_argument("--jobs", type=errors.between(1), default=1, help="runs side by side (default %(default)s)")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "studies", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of tables and pictures")
+    parser.add_argument(
+        "--results", type=Path, help="folder of tables and pictures (default results, or results/SCALE)"
+    )
     parser.add_argument("--plan", action="store_true", help="only say what would be run")
     options = parser.parse_args()
 
     scale = SCALES[options.scale]
-    dataset = options.dataset or ("books" if options.scale == "laptop" else "openwebtext")
-    scale.base["dataset"] = dataset
-    ledger = runs.Ledger(options.results / "runs.jsonl")
+    if options.dataset:
+        scale.base["dataset"] = options.dataset
+    if options.scale == "quickstart" and options.studies != ["losses"]:
+        raise errors.UserError("--scale=quickstart has two optimizers, and is for the study of losses alone")
+    results = options.results or ROOT / "results" / ("" if options.scale == "laptop" else options.scale)
+    ledger = runs.Ledger(results / "runs.jsonl")
     plan = runs.Plan(ledger)
     for name in options.studies:
         STUDIES[name].study(plan, scale)
@@ -55,7 +61,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
     for name in options.studies:
-        write(options.results / name, STUDIES[name], runner, scale)
+        write(results / name, STUDIES[name], runner, scale)
 
 
 def in_words(plan: runs.Plan, jobs: int) -> str:

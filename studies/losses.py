@@ -19,9 +19,10 @@ LONGER = 2  # times the steps of the runs that tune
 
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
-    searches = dict(zip(LABELS, together([partial(tune, runner, scale, name) for name in LABELS]), strict=True))
+    names = list(scale.optimizers)
+    searches = dict(zip(names, together([partial(tune, runner, scale, name) for name in names]), strict=True))
     steps = LONGER * scale.base["max_iters"]
-    finals = {name: best_settings(scale, name, searches[name]) | {"max_iters": steps} for name in LABELS}
+    finals = {name: best_settings(scale, name, searches[name]) | {"max_iters": steps} for name in names}
     finals["adamw_twice"] = finals["adamw"] | {"max_iters": 2 * steps}
     results = iter(runner([final | {"seed": seed} for final in finals.values() for seed in scale.seeds]))
     groups = {name: [next(results) for _ in scale.seeds] for name in finals}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from run.settings import ROOT, read_config
 from studies.search import Space
 
 Settings = dict[str, Any]
@@ -32,17 +33,24 @@ class Scale:
         return Space(self.centres[optimizer])
 
 
+SHAPE = "dataset n_layer n_head n_embd block_size batch_size micro_batch_size eval_sequences compile".split()
+QUICKSTART: Settings = {name: read_config(ROOT / "config" / "quickstart.py")[name] for name in SHAPE} | {
+    "max_iters": 500, "warmup_iters": 50, "eval_interval": 50, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
 LAPTOP: Settings = {
+    "dataset": "books",
     "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 1600, "micro_batch_size": 100,
     "max_iters": 120, "warmup_iters": 24, "eval_interval": 10, "eval_sequences": 1024, "device": "cpu",
     "dtype": "float32", "compile": False,
 }  # fmt: skip
 GPU: Settings = {
+    "dataset": "openwebtext",
     "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "batch_size": 120, "micro_batch_size": 40,
     "max_iters": 500, "warmup_iters": 100, "eval_interval": 50, "eval_sequences": 512, "device": "cuda",
     "dtype": "bfloat16",
 }  # fmt: skip
 PAPER: Settings = {
+    "dataset": "openwebtext",
     "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 480, "micro_batch_size": 12,
     "max_iters": 50_000, "warmup_iters": 2000, "eval_interval": 1000, "device": "cuda", "dtype": "bfloat16",
 }  # fmt: skip
@@ -72,7 +80,19 @@ def centres(adamw: float, lion: float, sophia: dict[str, float]) -> dict[str, di
 
 
 SCALES = {
-    # Sophia begins at a lower beta1 and a higher rho than the paper's where runs are too short for h to fill up
+    # Sophia begins at a lower beta1, and may begin at a higher rho, than the paper's where runs are too short for h to
+    # fill up
+    "quickstart": Scale(
+        QUICKSTART,
+        {
+            "adamw": {"optimizer": "adamw"},
+            "sophiag": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_batch_size": 16},
+        },
+        centres(adamw=4e-3, lion=1e-3, sophia={"learning_rate": 1e-3, "rho": 0.05, "beta1": 0.8}),
+        first=2,
+        tuning=8,
+        seeds=(1,),
+    ),
     "laptop": Scale(
         LAPTOP,
         optimizers(LAPTOP["batch_size"]),

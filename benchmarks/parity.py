@@ -19,6 +19,7 @@ from run.errors import UserError
 from run.machine import Machine
 from run.settings import OPTIMIZER_DEFAULTS, Settings
 from sophia import labels_from_uniforms
+from studies.report import markdown_table
 from tokens.batches import Batches
 from tokens.token_files import open_data
 from training.optimizers import betas, learning_rate
@@ -62,6 +63,15 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
         "losses": {step: pairs[step - 1] for step in SHOWN},
         "largest_difference_until": {step: max(abs(a - b) for a, b in pairs[:step]) for step in SHOWN},
     }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows = [
+        [name, peer["optimizer"], *(f"{peer['largest_difference_until'][str(step)]:.1g}" for step in SHOWN)]
+        for name, peer in result.items()
+        if isinstance(peer, dict)
+    ]
+    return markdown_table("peer | optimizer | until step " + " | ".join(map(str, SHOWN)), rows)
 
 
 def their_losses(

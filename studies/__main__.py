@@ -4,6 +4,7 @@
     python -m studies losses --scale=quickstart                 AdamW and Sophia-G on the quickstart's model and text
     python -m studies losses batch why --scale=gpu --dataset=openwebtext
     python -m studies losses --scale=gpu --plan                 what it would run, and how long it would take
+    python -m studies report                                    results/REPORT.md, from the tables
 
 A study that was stopped goes on where it was. Runs that ended are lines of results/runs.jsonl and are not run again:
 give --results=FOLDER to begin anew. Tables and pictures are written to results/STUDY/. The later studies begin with the
@@ -11,13 +12,15 @@ best settings that `losses` found at the same scale.
 """
 
 import signal
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
+from benchmarks import parity
 from run import errors
 from run.files import write_json
 from run.settings import ROOT
-from studies import batch, losses, runs, scaling, sensitivity, stability, toy, why
+from studies import batch, losses, report, runs, scaling, sensitivity, stability, toy, why
 from studies.scales import SCALES, Scale
 
 STUDIES = {  # in the order in which they are run
@@ -33,7 +36,8 @@ STUDIES = {  # in the order in which they are run
 
 def main() -> None:
     parser = errors.Parser(__doc__)
-    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    choices = [*STUDIES, "report"]
+    parser.add_argument("studies", nargs="+", choices=choices, metavar="STUDY", help=", ".join(choices))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (default %(default)s)")
     parser.add_argument("--dataset", help="as for train.py (default: books, openwebtext at the scales for GPUs)")
     parser.add_argument("--jobs", type=errors.between(1), default=1, help="runs side by side (default %(default)s)")
@@ -50,17 +54,26 @@ def main() -> None:
     if options.scale == "quickstart" and options.studies != ["losses"]:
         raise errors.UserError("--scale=quickstart has two optimizers, and is for the study of losses alone")
     results = options.results or ROOT / "results" / ("" if options.scale == "laptop" else options.scale)
+    if names := [name for name in options.studies if name != "report"]:
+        run_studies(names, scale, results, options)
+    if "report" in options.studies:
+        path = results / "REPORT.md"
+        path.write_text(text_of_report(results), encoding="utf-8")
+        print(path.resolve())
+
+
+def run_studies(names: list[str], scale: Scale, results: Path, options: Namespace) -> None:
     ledger = runs.Ledger(results / "runs.jsonl")
     plan = runs.Plan(ledger)
-    for name in options.studies:
+    for name in names:
         STUDIES[name].study(plan, scale)
     print(in_words(plan, options.jobs))
     if options.plan:
         return
-    runner = runs.Runner(ledger, options.runs.absolute(), options.jobs)
+    runner = runs.Runner(ledger, options.runs.absolute(), options.jobs, len(plan.missing))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
-    for name in options.studies:
+    for name in names:
         write(results / name, STUDIES[name], runner, scale)
 
 
@@ -72,12 +85,26 @@ def in_words(plan: runs.Plan, jobs: int) -> str:
     return f"{words}, " + (f"in about {hours:.1f} hours" if hours else "the first will tell how long they take")
 
 
+def text_of_report(results: Path) -> str:
+    """What REPORT.md is to hold."""
+
+    def progress(study: str) -> str:
+        ledger = runs.Ledger(results / Path(study).parent / "runs.jsonl")
+        plan = runs.Plan(ledger)
+        if (name := Path(study).name) in STUDIES:
+            STUDIES[name].study(plan, SCALES[Path(study).parent.name or "laptop"])
+        return f"Not done yet: {len(plan.wanted) - len(plan.missing)} of {len(plan.wanted)} runs have ended."
+
+    markdown = {name: study.markdown for name, study in (STUDIES | {"parity": parity}).items()}
+    return report.report(results, markdown, progress)
+
+
 def write(folder: Path, study: ModuleType, runner: runs.Runner, scale: Scale) -> None:
     """The study's table.json and picture, made of the runs' folders."""
     table = {"base": scale.base} | study.study(runner, scale)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", table)
-    study.figure(table).savefig(folder / "figure.png", dpi=150)
+    study.figure(table).savefig(folder / "figure.png", dpi=110)
     print(folder.resolve())
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import LABELS, Scale
 
@@ -60,6 +61,21 @@ def candidates(best: dict[str, Any], kind: str, factor: float) -> list[dict[str,
     rate = best["learning_rate"]
     rates = {float(f"{rate * scaled:.4g}") for scaled in (1, math.sqrt(factor))}
     return [changed | {"learning_rate": rate} for rate in sorted(rates)]
+
+
+def markdown(table: dict[str, Any]) -> str:
+    rows = [
+        [
+            LABELS[row["optimizer"]],
+            KINDS[row["kind"]],
+            f"{row['tokens_a_step']:,}",
+            row["steps"],
+            ", ".join(f"{rate}: {loss:.3f}" for rate, loss in row["tried"].items()),
+            f"{row['loss']:.3f}",
+        ]
+        for row in table["runs"]
+    ]
+    return markdown_table("optimizer | for | tokens a step | steps | learning rate: loss | best", rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:

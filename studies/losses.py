@@ -11,11 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS, first_x_at
+from studies.report import given, markdown_table
 from studies.runs import Result, Runner, together
 from studies.scales import LABELS, Scale
 from studies.search import Search, search
 
 LONGER = 2  # times the steps of the runs that tune
+NAMES = LABELS | {"adamw_twice": "AdamW, twice the steps"}
 
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
@@ -62,15 +64,56 @@ def summary(group: list[Result], goal: float) -> dict[str, Any]:
     }
 
 
+def markdown(table: dict[str, Any]) -> str:
+    tuned = [
+        [
+            LABELS[name],
+            len(found["runs"]),
+            given(found["best"]),
+            f"{min(run['loss'] for run in found['runs']):.3f}",
+            f"{len(found['untried_neighbours_of_the_best'])} not tried"
+            if found["untried_neighbours_of_the_best"]
+            else "inside",
+            sum(not math.isfinite(run["loss"]) for run in found["runs"]),
+        ]
+        for name, found in table["search"].items()
+    ]
+    finals = [
+        [
+            NAMES[name],
+            ", ".join(f"{loss:.3f}" for loss in found["losses"]),
+            f"{found['mean']:.3f}",
+            "" if found["sd"] is None else f"{found['sd']:.3f}",
+            ", ".join("never" if steps is None else f"{steps:.0f}" for steps in found["steps_to_adamws_loss"]),
+            f"{fmean(found['seconds']):.0f}",
+            f"{fmean(found['clip_rate']):.0%}",
+            ", ".join(f"{share:.2f}" for share in found["unclipped_fraction"]),
+            found["diverged"],
+        ]
+        for name, found in table["final"].items()
+    ]
+    hashes = [[LABELS[name], *found.values()] for name, found in table["fingerprints"].items() if name in LABELS]
+    return "\n\n".join(
+        (
+            markdown_table("tuning | runs | best | its loss | its neighbours | diverged", tuned),
+            markdown_table(
+                "final runs | losses of the seeds | mean | sd | steps to AdamW's mean | seconds | "
+                "clipped steps | unclipped fraction | diverged",
+                finals,
+            ),
+            markdown_table("first seed's hash of | batches | initial weights | validation blocks", hashes),
+        )
+    )
+
+
 def figure(table: dict[str, Any]) -> Figure:
     drawing = Figure(figsize=(8, 5), layout="constrained")
     axes = drawing.subplots()
-    labels = LABELS | {"adamw_twice": "AdamW, twice the steps"}
     for number, (name, found) in enumerate(table["final"].items()):
         if not found["curve"]:
             continue
         steps, losses = zip(*found["curve"][1:], strict=True)
-        axes.plot(steps, losses, color=COLORS[number], marker=MARKERS[number], markevery=0.1, label=labels[name])
+        axes.plot(steps, losses, color=COLORS[number], marker=MARKERS[number], markevery=0.1, label=NAMES[name])
     ends = [found["mean"] for found in table["final"].values() if math.isfinite(found["mean"])]
     axes.set_ylim(min(ends) - 0.05, max(ends) + 0.8)
     axes.set_xlabel("steps")

@@ -78,9 +78,9 @@ class Ledger:
 class Runner:
     """Calls train.py for the settings that studies ask for, at most `jobs` at a time."""
 
-    def __init__(self, ledger: Ledger, folder: Path, jobs: int):
+    def __init__(self, ledger: Ledger, folder: Path, jobs: int, total: int | None = None):
         self.ledger, self.folder, self.jobs = ledger, folder, jobs
-        self.bar = tqdm(unit="run", dynamic_ncols=True)
+        self.bar = tqdm(total=total, unit="run", dynamic_ncols=True, disable=total == 0)
         self._pool, self._stopping = ThreadPoolExecutor(jobs), threading.Event()
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -96,7 +96,7 @@ class Runner:
             with self._lock:  # PyTorch's random numbers are shared, and the ledger's file
                 result = read_result(folder, settings, diverged=code != 0)
                 self.ledger.add(result)
-        self.bar.update()
+            self.bar.update()
         return result
 
     def _train(self, folder: Path, settings: dict[str, Any]) -> int:

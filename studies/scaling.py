@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import LABELS, Scale
 
@@ -59,6 +60,26 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
     sizes, losses = ([np.log(row[key]) for row in rows] for key in ("parameters", "loss"))
     (slope, intercept), covariance = np.polyfit(sizes, losses, 1, cov=True)
     return {"slope": slope, "slope_stderr": math.sqrt(covariance[0, 0]), "intercept": intercept}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    rows = [
+        [
+            LABELS[row["optimizer"]],
+            f"{row['parameters']:,}",
+            ", ".join(f"{rate:.3g}: {loss:.3f}" for rate, loss in row["losses"]),
+            f"{row['loss']:.3f}",
+            "inside" if row["inside"] else "on the edge",
+        ]
+        for row in table["runs"]
+    ]
+    fits = [[LABELS[name], f"{fit['slope']:.3f} ± {fit['slope_stderr']:.3f}"] for name, fit in table["fits"].items()]
+    return "\n\n".join(
+        (
+            markdown_table("optimizer | parameters | learning rate: final loss | best | the best rate", rows),
+            markdown_table("loss ∝ parameters^slope | slope ± standard error", fits),
+        )
+    )
 
 
 def figure(table: dict[str, Any]) -> Figure:

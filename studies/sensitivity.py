@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from studies.losses import best_settings, tune
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import LABELS, Scale
 
@@ -26,6 +27,19 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
         rows.append({"optimizer": name, "rho": rhos, "beta2": BETA2,
                      "losses": [[next(results).loss for _ in rhos] for _ in BETA2]})  # fmt: skip
     return {"grids": rows}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    rows = [
+        [
+            LABELS[grid["optimizer"]],
+            beta2,
+            *(f"{rho:.3g}: {loss:.3f}" for rho, loss in zip(grid["rho"], losses, strict=True)),
+        ]
+        for grid in table["grids"]
+        for beta2, losses in zip(grid["beta2"], grid["losses"], strict=True)
+    ]
+    return markdown_table("optimizer | β2 | ρ: final loss" + " | " * (len(RHO_FACTORS) - 1), rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:

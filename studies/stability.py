@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import LABELS, Scale
 
@@ -44,6 +45,19 @@ def ladder(best: dict[str, Any], scaled: bool) -> list[dict[str, Any]]:
         "scale_attn_by_inverse_layer_idx": scaled,
     }
     return [deeper | {"learning_rate": float(f"{best['learning_rate'] * factor:.4g}")} for factor in LADDER]
+
+
+def markdown(table: dict[str, Any]) -> str:
+    rows = [
+        [
+            LABELS[row["optimizer"]],
+            "yes" if row["inverse_layer_scaling"] else "no",
+            ", ".join(f"{rate:.3g}: {loss:.3f}" for rate, loss in row["losses"]),
+            f"{row['largest_stable']:.3g}" + (" or more" if row["is_the_last_tried"] else ""),
+        ]
+        for row in table["runs"]
+    ]
+    return markdown_table("optimizer | inverse-layer scaling | learning rate: final loss | largest stable", rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lion import Lion
 from sophia import SophiaH
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import Scale
 
@@ -78,6 +79,14 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
         "ends": {name: points[-1].tolist() for name, points in walks.items()},
         "distances": {name: (points[-1] - minimum).norm().item() for name, points in walks.items()},
     }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    rows = [
+        [name, f"({end[0]:.3f}, {end[1]:.3f})", f"{table['distances'][name]:.3f}"]
+        for name, end in table["ends"].items()
+    ]
+    return markdown_table(f"optimizer | after {table['steps']} steps | distance from the minimum, (1, 4)", rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:

@@ -5,6 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.losses import best_settings, tune
+from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import Scale
 
@@ -41,6 +42,13 @@ def changes(best: dict[str, Any]) -> dict[str, dict[str, Any]]:
         | {f"an estimate every {interval} steps": {"hessian_interval": interval} for interval in (1, 4, 50)}
         | {f"β1 {beta1}": {"beta1": beta1} for beta1 in (0.8, 0.9, 0.95, 0.97)}
     )
+
+
+def markdown(table: dict[str, Any]) -> str:
+    shares = [row["unclipped_fraction"] for row in table["runs"]]
+    shown = ["" if share is None else f"{share:.2f}" for share in shares]
+    rows = [[row["variant"], f"{row['loss']:.3f}", share] for row, share in zip(table["runs"], shown, strict=True)]
+    return markdown_table("variant | final loss | unclipped fraction at the end", rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:

@@ -12,8 +12,9 @@ import time
 
 import pytest
 
+from run.files import write_json
 from run.settings import ROOT
-from studies.__main__ import STUDIES
+from studies.__main__ import STUDIES, text_of_report
 from studies.losses import LONGER
 from studies.runs import Ledger, Plan, Result, Runner, fingerprints, name_of
 from studies.scales import LABELS, SCALES
@@ -169,6 +170,40 @@ def test_the_plan_of_every_study_has_each_run_once(scale, tmp_path):
     ledger.add(dataclasses.replace(plan([plan.missing[name]])[0], last={"flops": 1e12, "seconds": 3600.0}))
     assert plan.hours(1) == pytest.approx(2 * plan.hours(2))
     assert 1e5 < plan.hours(1) * 1e12 / plan.tokens() < 1e7  # operations a token
+
+
+def test_the_report_is_filled_in_from_the_tables(scale, tmp_path):
+    for folder, name in [*((name, name) for name in STUDIES), ("quickstart/losses", "losses")]:
+        (tmp_path / folder).mkdir(parents=True)
+        size = SCALES["quickstart"] if folder != name else scale
+        write_json(tmp_path / folder / "table.json", STUDIES[name].study(Formula(formula_of), size))
+    text = text_of_report(tmp_path)
+    assert text.count("Not done yet") == text.count("Not done yet: 0 of 0") == 1  # parity, which is no study
+    rates = [
+        run["learning_rate"] for run in STUDIES["losses"].study(Formula(formula_of), scale)["search"]["lion"]["runs"]
+    ]
+    assert f"| Lion | {len(rates)} | learning_rate 0.004" in text
+    (tmp_path / "losses" / "table.json").unlink()
+    assert "Not done yet: 0 of 78 runs have ended." in text_of_report(tmp_path)
+
+
+PUBLISHED = [path.parent.relative_to(ROOT / "results") for path in sorted((ROOT / "results").rglob("table.json"))]
+
+
+@pytest.mark.parametrize("folder", [folder for folder in PUBLISHED if folder.name in STUDIES], ids=str)
+def test_a_published_table_is_that_of_the_published_runs(folder):
+    scale = SCALES[folder.parent.name or "laptop"]
+    runs = Plan(Ledger(ROOT / "results" / folder.parent / "runs.jsonl"))
+    table = {"base": scale.base} | STUDIES[folder.name].study(runs, scale)
+    assert not runs.missing
+    published = json.loads((ROOT / "results" / folder / "table.json").read_text())
+    if folder.name != "toy":  # whose numbers are computed anew, and may round otherwise
+        assert json.loads(json.dumps(table)) == published
+    assert table.keys() == published.keys()
+
+
+def test_the_published_report_has_the_numbers_of_the_tables():
+    assert (ROOT / "results" / "REPORT.md").read_text() == text_of_report(ROOT / "results")
 
 
 def test_losses_of_seeds_and_the_steps_to_adamws_loss(scale):

@@ -1,0 +1,47 @@
+"""results/REPORT.md: the text in studies/report.md, with the numbers of the tables filled in.
+
+A section of the text that begins with `<!-- STUDY -->` is filled in from results/STUDY/table.json; where that is not
+there yet, it says how many of the study's runs have ended.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from run.files import read_json
+
+TEMPLATE = Path(__file__).parent / "report.md"
+
+
+def report(results: Path, markdown: dict[str, Callable[[dict], str]], progress: Callable[[str], str]) -> str:
+    """The text of the report. `markdown` makes Markdown of a study's table, `progress` tells of one without a table.
+
+    In a section, {table} is the study's table in Markdown, and {study[…]} a figure of its table.json, in the notation
+    of str.format.
+    """
+    sections = re.split(r"^(?=## )", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return "".join(filled(section, results, markdown, progress) for section in sections)
+
+
+def filled(section: str, results: Path, markdown: dict[str, Callable[[dict], str]], progress: Callable) -> str:
+    match = re.search(r"^<!-- (\S+) -->\n", section, flags=re.MULTILINE)
+    if not match:
+        return section
+    folder, heading = match[1], section[: match.start()]
+    path = results / folder / "table.json"
+    if not path.exists():
+        return f"{heading}{progress(folder)}\n\n"
+    study = read_json(path)
+    return heading + section[match.end() :].format(table=markdown[Path(folder).name](study), study=study)
+
+
+def markdown_table(header: str, rows: Iterable[list[Any]]) -> str:
+    """`header` has the columns' names, with | between them."""
+    columns = header.count("|") + 1
+    lines = [header, " | ".join(["---"] * columns), *(" | ".join(map(str, row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def given(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())

@@ -1,0 +1,160 @@
+"""Every command of the documentation runs as it stands, block by block, in a copy of the repository.
+
+A line that says `# needs a network` or `# needs a GPU` is left out. Models, runs and data are tiny. torchrun's options
+are checked, and one process runs. `make` only says what it would do, and the stress programs are left to .ci/run.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from model import GPTConfig
+from run.settings import ROOT
+from tests.command_shell import shell
+from tests.conftest import TINY, arguments, write_dataset
+from tests.test_benchmarks import PEER_THAT_GENERATES, SMALL
+from tests.test_evaluate import write_superglue
+from tests.test_preparation import write_documents
+from tests.test_pretrained import nanogpt_checkpoint, random_model
+from tests.test_readme import PAGES
+
+# What a command gets besides its own arguments, so that it takes a second in place of hours. Later wins.
+LESS = {
+    "train.py": arguments(**TINY | {"max_iters": 4, "warmup_iters": 1, "eval_interval": 2}),
+    "sample.py": ["--max_new_tokens=5"],
+    "plot.py": ["--max-loss=99"],  # as tiny runs learn little
+    "benchmarks": [*SMALL, *arguments(rounds=1, micro_batch_size=4, batch_size=4, hessian_batch_size=4)],
+    "studies": ["--plan"],  # what is left out is the runs
+}
+# What a block goes on from, and does not make itself: paths in the folder that `made` fills
+PRESUPPOSED = {
+    "data.md:2": "mine",
+    "data.md:3": "data/mine",
+    "evaluation.md:2": "out/gpt2_small_sophiag superglue",
+    "interchange.md:1": "out/gpt2_small_sophiag",
+    "interchange.md:2": "my_gpt2 nanoGPT",
+    "performance.md:1": "DIR_OF_NANOGPT",
+    "performance.md:2": "DIR_OF_NANOGPT",
+    "pictures.md:1": "out",
+    "reproduce.md:4": "out/gpt2_small_adamw",
+    "reproduce.md:5": "data/stdlib",
+    "results.md:1": "data/stdlib",
+    "results.md:2": "books.jsonl.bz2",
+}
+TRAINING = """
+for run in adamw_1 adamw_2 sophiag_1 sophiag_2; do
+  python train.py config/gpt2_small_${run%_*}.py --seed=${run#*_} --out_dir=../made/out/$run
+done
+python export.py --out_dir=../made/out/adamw_1 --to=../made/my_gpt2
+"""
+PEER = f"""{PEER_THAT_GENERATES}
+    def forward(self, idx, targets):
+        return None, self.transformer(idx, targets)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+"""
+PROGRAMS = {
+    "make": f'#!/bin/bash\ngrep "^make $1" .ci/run && exec {shutil.which("make")} -n "$@"\n',  # which .ci/run makes
+    "srun": '#!/bin/bash\nSLURM_NODEID=0 exec "$@"\n',
+    "scontrol": "#!/bin/bash\necho node1\necho node2\n",
+}
+MARKED = re.compile(r"^(?:.*\\\n)*.*#.*\bneeds a (?:network|GPU)\b.*\n", re.MULTILINE)  # with the lines it continues
+STRESS = re.compile(r"^python -m tests\.stress\.(.*?) *(?:#.*)?$", re.MULTILINE)
+SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def runnable(block):
+    """What is run of a block: not the marked lines, and of a stress program that .ci/run runs it."""
+    return STRESS.sub(r'grep -x "stress \1" .ci/run', MARKED.sub("", block))
+
+
+BLOCKS = {
+    f"{page.name}:{number}": runnable(block)
+    for page in PAGES
+    for number, block in enumerate(SHELL_BLOCK.findall(page.read_text()), start=1)
+}
+
+
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory):
+    """bash(script, folder) gives a script's exit code, and what it and its commands print."""
+    folder = tmp_path_factory.mktemp("bash")
+    settings = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with shell(folder, LESS, PROGRAMS, ["bash", "grep", "head"], settings) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of the repository, with a tiny data set in place of OpenWebText."""
+    left_out = ".git .venv .*_cache __pycache__ out* wandb results *.bin *.tmp meta.json".split()
+    folder = tmp_path_factory.mktemp("work") / "repository"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
+    tokens = list(b"So it goes, and so it goes on. " * 100)
+    write_dataset(folder / "data" / "openwebtext", tokens, tokens)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(bash, repository):
+    """A folder with what the blocks go on from."""
+    folder = repository.parent / "made"
+    for name in ("mine", "data", "nanoGPT/out", "DIR_OF_NANOGPT"):
+        (folder / name).mkdir(parents=True)
+    code, output = bash(TRAINING, repository)
+    assert code == 0, output
+    for name in ("adamw", "sophiag", "gpt2_small_adamw", "gpt2_small_sophiag"):
+        shutil.copytree(folder / f"out/{name.split('_')[-1]}_1", folder / "out" / name)
+    for name in ("mine", "stdlib"):
+        shutil.copytree(repository / "data/openwebtext", folder / "data" / name)
+    nanogpt_checkpoint(folder / "nanoGPT/out/ckpt.pt", random_model(GPTConfig(16, 256, 2, 2, 16)))
+    (folder / "DIR_OF_NANOGPT/model.py").write_text(PEER)
+    write_superglue(folder / "superglue")
+    for name in ("mine/one.jsonl.gz", "mine/two.jsonl.gz", "books.jsonl.bz2"):
+        write_documents(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, block in BLOCKS.items() if block])
+def test_the_commands_of_a_block_run(name, bash, repository, made, tmp_path, request):
+    if "--data-files" in BLOCKS[name]:
+        request.getfixturevalue("vocabulary")
+    if "evaluate.py" in BLOCKS[name]:
+        pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
+    folder = shutil.copytree(repository, tmp_path / "repository")
+    for path in PRESUPPOSED.get(name, "").split():
+        (folder / path).parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", made / path, (folder / path).parent], check=True)
+    code, output = bash(BLOCKS[name], folder)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("script", "exit_code", "complaint"),
+    [
+        ("python train.py --lerning_rate=1\necho further", 2, "did you mean 'learning_rate'"),
+        ("torchrun --processes=2 train.py\necho further", 2, "unrecognized arguments: --processes=2"),
+        ("python -m tests.stress.kill_training --kills 4\necho further", 1, "grep -x 'stress kill_training --kills 4'"),
+        ("make nothing\necho further", 1, "make nothing"),
+        ("pip install x\necho further", 127, "pip: command not found"),
+    ],
+)
+def test_a_command_that_fails_is_told(bash, repository, script, exit_code, complaint):
+    code, output = bash(runnable(script), repository)
+    assert code == exit_code, output
+    assert complaint in output and "further" not in output
+
+
+def test_a_marked_line_is_left_out_with_the_lines_it_continues():
+    block = "a  # needs care\nb \\\n  --c  # now: needs a network\nd\nneeds a GPU\ne && f  # needs a GPU; else slow\n"
+    assert runnable(block) == "a  # needs care\nd\nneeds a GPU\n"
+
+
+def test_every_block_of_the_documentation_is_python_or_commands():
+    for page in PAGES:
+        fences = re.findall(r"^ *(?:```|~~~)(.*)", page.read_text(), re.MULTILINE)
+        assert set(fences[::2]) <= {"python", "sh"} and set(fences[1::2]) <= {""}, page
+        assert fences[::2].count("sh") == len([name for name in BLOCKS if name.startswith(f"{page.name}:")])

@@ -90,7 +90,7 @@ def bash(tmp_path_factory):
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A copy of the repository, with a tiny data set in place of OpenWebText."""
-    left_out = ".git .venv .*_cache __pycache__ out* wandb results *.bin *.tmp meta.json".split()
+    left_out = ".git .venv .*_cache __pycache__ out* wandb *.bin *.tmp meta.json".split()
     folder = tmp_path_factory.mktemp("work") / "repository"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     tokens = list(b"So it goes, and so it goes on. " * 100)

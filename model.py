@@ -29,6 +29,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     scale_attn_by_inverse_layer_idx: bool = False
+    exact_gelu: bool = False
 
 
 class CausalSelfAttention(nn.Module):
@@ -58,12 +59,12 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.gelu = config.dropout, "none" if config.exact_gelu else "tanh"
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return F.dropout(x, self.dropout, self.training)
 
 

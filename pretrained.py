@@ -17,9 +17,9 @@ from run.errors import UserError
 from run.files import read_json, write_json
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
 }  # fmt: skip
+ACTIVATIONS = {"gelu_new": False, "gelu": True}  # exact_gelu by activation_function
 
 
 class BadWeights(UserError, ValueError):
@@ -55,7 +55,8 @@ def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers (nothing in it was run)"
         ) from None
-    return shape, weights
+    # Sophia's code, which knows of scaled attention, has GPT-2's GELU
+    return shape | {"exact_gelu": "scale_attn_by_inverse_layer_idx" not in shape}, weights
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -74,7 +75,9 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, value in STANDARD.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json has {name} = {config[name]!r}, but this GPT-2 is made for {value!r}")
-    shape = config | {"block_size": config.get("n_positions"), "bias": True}
+    if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
+        raise ValueError(f"config.json has activation_function = {activation!r}, not one of {', '.join(ACTIVATIONS)}")
+    shape = config | {"block_size": config.get("n_positions"), "bias": True, "exact_gelu": ACTIVATIONS[activation]}
     return shape, {name: other_way_round(name, tensor) for name, tensor in weights.items()}
 
 
@@ -97,7 +100,7 @@ def make_model(shape: dict[str, Any], weights: dict[str, Tensor], block_size: in
         raise ValueError(f"n_head = {n_head!r} is not a number of heads")
     n_layer, bias = sum(name.endswith("ln_1.weight") for name in weights), "ln_f.bias" in weights
     scaled = bool(shape.get("scale_attn_by_inverse_layer_idx"))
-    config = GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, dropout, bias, scaled)
+    config = GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, dropout, bias, scaled, shape["exact_gelu"])
     for name, value in dataclasses.asdict(config).items():
         if name != "dropout" and shape.get(name, value) != value:
             raise ValueError(f"{name} is said to be {shape[name]!r}, but its tensors have {value}")
@@ -128,6 +131,7 @@ def write_hugging_face(model: GPT, folder: Path, vocab_size: int, end_of_text: i
     shape = dataclasses.asdict(model.config)
     config = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")}
     config |= {
+        "activation_function": "gelu" if model.config.exact_gelu else "gelu_new",
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32",
         "vocab_size": len(weights["transformer.wte.weight"]), "n_positions": shape["block_size"],
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,

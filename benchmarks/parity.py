@@ -43,6 +43,7 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
     peers.machines(folder, machine)  # refuses what is no peer
     name = "sophiag" if peers.is_sophia(folder) else "adamw"
     chosen = OPTIMIZER_DEFAULTS[name] | {"optimizer": name, "hessian_estimator": "paper", "dropout": 0.0}
+    chosen |= {"exact_gelu": name == "adamw"}  # as in nanoGPT, but not in its fork, the released Sophia
     chosen |= {"hessian_batch_size": settings.batch_size, "max_iters": STEPS, "lr_decay_iters": STEPS}
     settings = dataclasses.replace(settings, **chosen, warmup_iters=STEPS // 10)
     data = open_data(settings.dataset, settings.block_size)

@@ -59,6 +59,7 @@ class Settings:
     dropout: float = setting(0.0, "dropout probability; 0 is right for pretraining")
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores by the layer's number, from 1")
+    exact_gelu: bool = setting(False, "GELU without GPT-2's approximation by tanh, as in nanoGPT")
     # batch
     batch_size: int = setting(480, "sequences per optimizer step, over all ranks")
     micro_batch_size: int = setting(12, "sequences per forward pass on one device")

@@ -23,9 +23,10 @@ from training import hessian_product
 from training.curvature import Curvature
 from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 from training.parallel import DataParallel
+from training.start import shape_of
 
 STEP = 3
-EVERYTHING = {"bias": True, "scale_attn_by_inverse_layer_idx": True}
+EVERYTHING = {"bias": True, "scale_attn_by_inverse_layer_idx": True, "exact_gelu": True}
 
 
 @pytest.fixture
@@ -36,12 +37,12 @@ def curvature(dataset):
         s = settings.read(arguments(**TINY | {"dataset": dataset, "hessian_batch_size": 8} | options))
         machine = machine or Machine(torch.device("cpu"), torch.float32, compile=False)
         torch.manual_seed(0)
-        scaled = s.scale_attn_by_inverse_layer_idx
-        model = GPT(GPTConfig(s.block_size, 256, s.n_layer, s.n_head, s.n_embd, 0.0, s.bias, scaled)).to(dtype)
+        data = open_data(s.dataset, s.block_size)
+        model = GPT(shape_of(s, data, checkpoint=None)).to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64).to(dtype))
-        return Curvature(model, s, machine, Batches(open_data(s.dataset, s.block_size), s, machine))
+        return Curvature(model, s, machine, Batches(data, s, machine))
 
     return make
 

@@ -36,8 +36,9 @@ def hugging_face(**settings):
 
 
 @pytest.mark.parametrize("inverse_layer_scaling", [False, True])
-def test_logits_equal_those_of_transformers(tmp_path, inverse_layer_scaling):
-    theirs = hugging_face(scale_attn_by_inverse_layer_idx=inverse_layer_scaling)
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_logits_equal_those_of_transformers(tmp_path, activation, inverse_layer_scaling):
+    theirs = hugging_face(scale_attn_by_inverse_layer_idx=inverse_layer_scaling, activation_function=activation)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path))
     assert ours.config.scale_attn_by_inverse_layer_idx == inverse_layer_scaling

@@ -146,7 +146,8 @@ class Plan:
         if result := self.ledger.find(settings):
             return result
         self.missing[name_of(settings)] = settings
-        curve = [[0, 10.0], [settings["max_iters"], 10.0]]
+        steps = {*range(0, settings["max_iters"], settings["eval_interval"]), settings["max_iters"]}
+        curve = [[step, 10.0] for step in sorted(steps)]
         last = {"seconds": 1.0, "clip_rate": 0.0, "win_rate": 0.0}
         return Result(settings, loss, curve, last, settings["n_layer"] * settings["n_embd"] ** 2, {}, None)
 

@@ -121,6 +121,8 @@ runner([{settings!r}])
     (resumed,) = runner([settings])
     (undisturbed,) = new_runner(tmp_path / "other")([settings])
     assert resumed.curve == undisturbed.curve
+    (planned,) = Plan(Ledger(tmp_path / "none"))([settings])  # stands beside such runs when a part of them has ended
+    assert [step for step, _ in planned.curve] == [step for step, _ in resumed.curve]
 
 
 def test_a_run_that_fails_ends_the_study_and_names_its_folder(tiny, runner):
@@ -184,7 +186,8 @@ def test_the_report_is_filled_in_from_the_tables(scale, tmp_path):
     ]
     assert f"| Lion | {len(rates)} | learning_rate 0.004" in text
     (tmp_path / "losses" / "table.json").unlink()
-    assert "Not done yet: 0 of 78 runs have ended." in text_of_report(tmp_path)
+    runs = len(LABELS) * (scale.tuning + len(scale.seeds)) + len(scale.seeds)
+    assert f"Not done yet: 0 of {runs} runs have ended." in text_of_report(tmp_path)
 
 
 PUBLISHED = [path.parent.relative_to(ROOT / "results") for path in sorted((ROOT / "results").rglob("table.json"))]

@@ -1,7 +1,8 @@
 """A small GPT on Python's own sources, with Sophia-G: minutes on two CPU cores.
 
-Learning rate and rho are the best of a small sweep at this batch and length. A short run is not what Sophia is made
-for: its Hessian average needs about a hundred estimates to fill up, and sign-like steps suffer from small batches.
+Learning rate, beta1 and rho are the best that `python -m studies losses --scale=quickstart` found. It ends at 1.46 nats
+per byte. AdamW, tuned in as many runs, ends at 1.43 (--optimizer=adamw --learning_rate=4e-3 --beta1=0.8). A short run
+is not what Sophia is made for: its Hessian average needs about a hundred estimates to fill up.
 """
 
 dataset = "stdlib"
@@ -17,8 +18,9 @@ micro_batch_size = 32
 optimizer = "sophiag"
 hessian_estimator = "averaged"
 hessian_batch_size = 16
-learning_rate = 4e-4
-rho = 0.05
+learning_rate = 1e-3
+beta1 = 0.8
+rho = 0.1
 max_iters = 1000
 warmup_iters = 100
 

@@ -43,7 +43,7 @@ quickstart: .venv/quickstart data/stdlib/meta.json
 test: .venv/test .venv/triton
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 gpu-check: .venv/test
 	$(BIN)/python -m benchmarks.gpu_check

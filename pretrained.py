@@ -41,7 +41,7 @@ def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GP
     try:
         return make_model(*read(Path(source)), block_size, dropout)
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadWeights(f"init_from = {source!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise BadWeights(f"{source!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -66,10 +66,10 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
         folder = Path(snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"]))
     try:
-        config = read_json(folder / "config.json")
-        weights = load_file(folder / "model.safetensors")
+        config = read_json(folder / (name := "config.json"))
+        weights = load_file(folder / (name := "model.safetensors"))
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"config.json or model.safetensors is damaged: {error}") from None
+        raise ValueError(f"{name} is damaged: {error}") from None
     if config.get("model_type") != "gpt2":
         raise ValueError(f"config.json tells of model_type = {config.get('model_type')!r}, not 'gpt2'")
     for name, value in STANDARD.items():

@@ -91,6 +91,8 @@ def picture(curves: list[Curve], x: str = "step", panels: bool = False) -> Figur
         for axes, key in zip(others, keys, strict=True):
             draw(axes, curve, x, key, linewidth=1.2, **style)
             axes.set_ylabel(PANELS[key])
+            if key == "grad_norm":  # where a single step can be a hundred times as large
+                axes.set_yscale("log")
     loss.plot([], [], color="gray", linewidth=0.8, label="training loss")
     loss.set_ylabel("loss (nats per token)")
     figure.axes[-1].set_xlabel(X_AXES[x])

@@ -356,7 +356,7 @@ def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refuses("init_from = 'gpt2-none' cannot be loaded: ", init_from="gpt2-none")
+    refuses("'gpt2-none' cannot be loaded: ", init_from="gpt2-none")
     refuses("'scrach': must be a hub name 'gpt2*', a folder or a ckpt.pt file (or, to train, 's", init_from="scrach")
     (tmp_path / "model.safetensors").write_bytes(b"x")
     shape = {"n_positions": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 1}

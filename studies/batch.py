@@ -12,7 +12,7 @@ from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
 from studies.report import markdown_table
 from studies.runs import Runner
-from studies.scales import LABELS, Scale
+from studies.scales import LABELS, Scale, with_batch
 
 OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah")
 FACTORS = (1 / 16, 1 / 4, 1, 4)  # of the batch
@@ -20,9 +20,10 @@ KINDS = {"equal_tokens": "the same tokens", "equal_steps": "the same steps"}
 
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
+    tuned = {name: best_settings(scale, name, tune(runner, scale, name)) for name in OPTIMIZERS}
     sets = {
-        (name, kind, factor): candidates(best_settings(scale, name, tune(runner, scale, name)), kind, factor)
-        for name in OPTIMIZERS
+        (name, kind, factor): candidates(best | {"seed": scale.seeds[0]}, kind, factor)
+        for name, best in tuned.items()
         for kind in KINDS
         for factor in FACTORS
     }
@@ -49,15 +50,11 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
 def candidates(best: dict[str, Any], kind: str, factor: float) -> list[dict[str, Any]]:
     """The settings of a batch `factor` times as large, with either learning rate."""
     steps = round(best["max_iters"] / (factor if kind == "equal_tokens" else max(FACTORS)))
-    batch_size = round(best["batch_size"] * factor)
-    changed = best | {
-        "batch_size": batch_size,
+    changed = with_batch(best, round(best["batch_size"] * factor)) | {
         "max_iters": steps,
         "warmup_iters": round(steps * best["warmup_iters"] / best["max_iters"]),
         "eval_interval": max(10, steps // 24),
     }
-    if "hessian_batch_size" in best:
-        changed["hessian_batch_size"] = round(best["hessian_batch_size"] * factor)
     rate = best["learning_rate"]
     rates = {float(f"{rate * scaled:.4g}") for scaled in (1, math.sqrt(factor))}
     return [changed | {"learning_rate": rate} for rate in sorted(rates)]

@@ -24,6 +24,7 @@ from model import GPT
 from records import metrics
 from run import errors
 from run.settings import ROOT, Settings, complete
+from tokens.batches import check_batch
 from tokens.token_files import open_data
 from training.start import shape_of
 
@@ -145,6 +146,7 @@ class Plan:
         self.wanted.add(name_of(settings))
         if result := self.ledger.find(settings):
             return result
+        check_batch(completed(settings), ranks=1)  # before hours are spent on others
         self.missing[name_of(settings)] = settings
         steps = {*range(0, settings["max_iters"], settings["eval_interval"]), settings["max_iters"]}
         curve = [[step, 10.0] for step in sorted(steps)]

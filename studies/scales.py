@@ -1,5 +1,6 @@
 """How large a study is: its model, batch and length, and where its searches begin."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,15 @@ PAPER: Settings = {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 480, "micro_batch_size": 12,
     "max_iters": 50_000, "warmup_iters": 2000, "eval_interval": 1000, "device": "cuda", "dtype": "bfloat16",
 }  # fmt: skip
+
+
+def with_batch(settings: Settings, batch_size: int) -> Settings:
+    """The same on another batch, as large a part of which is for curvature, in groups of four sequences."""
+    changed = {"batch_size": batch_size, "micro_batch_size": math.gcd(batch_size, settings["micro_batch_size"])}
+    if "hessian_batch_size" in settings:
+        part = settings["hessian_batch_size"] / settings["batch_size"]
+        changed["hessian_batch_size"] = max(4, 4 * round(part * batch_size / 4))
+    return settings | changed
 
 
 def optimizers(batch_size: int) -> dict[str, Settings]:

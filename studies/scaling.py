@@ -50,7 +50,6 @@ def candidates(best: dict[str, Any], size: tuple[float, float]) -> list[dict[str
         "n_layer": round(best["n_layer"] * layers),
         "n_embd": round(best["n_embd"] * channels),
         "max_iters": best["max_iters"] // SHORTER,
-        "warmup_iters": best["warmup_iters"] // SHORTER,
     }
     return [sized | {"learning_rate": float(f"{best['learning_rate'] * rate / channels:.4g}")} for rate in RATES]
 

@@ -21,7 +21,7 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
     rows = []
     for name in OPTIMIZERS:
         best = best_settings(scale, name, tune(runner, scale, name))
-        shorter = best | {key: best[key] // SHORTER for key in ("max_iters", "warmup_iters")}
+        shorter = best | {"max_iters": best["max_iters"] // SHORTER}
         rhos = [float(f"{best['rho'] * factor:.4g}") for factor in RHO_FACTORS]
         results = iter(runner([shorter | {"rho": rho, "beta2": beta2} for beta2 in BETA2 for rho in rhos]))
         rows.append({"optimizer": name, "rho": rhos, "beta2": BETA2,

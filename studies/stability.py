@@ -1,7 +1,8 @@
 """Stability: the largest learning rate that trains a deeper model, with and without inverse-layer scaling.
 
-From the best rate of `losses` it is doubled. A rate is stable when the run ends within TOLERANCE nats of the best of
-its ladder. The share of steps with a clipped gradient is in the table of `losses`.
+The runs have a quarter of the batch of `losses` and half of its steps. They begin with half of its best rate, which is
+then doubled. A rate is stable when its run ends within TOLERANCE nats of the best of its ladder. The share of steps
+with a clipped gradient is in the table of `losses`.
 """
 
 from typing import Any
@@ -12,12 +13,12 @@ from records.curves import COLORS, MARKERS
 from studies.losses import best_settings, tune
 from studies.report import markdown_table
 from studies.runs import Runner
-from studies.scales import LABELS, Scale
+from studies.scales import LABELS, Scale, with_batch
 
 OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah")
 LADDER = (0.5, 1, 2, 4, 8)
 TOLERANCE = 0.3
-DEEPER, SHORTER = 3, 4  # times the layers, and a fraction of the steps
+DEEPER, SHORTER, SMALLER = 3, 2, 4  # times the layers, and fractions of the steps and of the batch
 
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
@@ -38,10 +39,9 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
 
 
 def ladder(best: dict[str, Any], scaled: bool) -> list[dict[str, Any]]:
-    deeper = best | {
+    deeper = with_batch(best, best["batch_size"] // SMALLER) | {
         "n_layer": DEEPER * best["n_layer"],
         "max_iters": best["max_iters"] // SHORTER,
-        "warmup_iters": best["warmup_iters"] // SHORTER,
         "scale_attn_by_inverse_layer_idx": scaled,
     }
     return [deeper | {"learning_rate": float(f"{best['learning_rate'] * factor:.4g}")} for factor in LADDER]

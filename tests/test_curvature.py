@@ -154,10 +154,10 @@ def test_averaging_over_n_groups_divides_the_variance_by_n():
             parameter.add_(0.1 * torch.randn_like(parameter))
 
     def moments(groups, draws):
-        options = {"optimizer": "sophiag", "block_size": 16, "batch_size": 256, "hessian_batch_size": 256}
+        options = {"optimizer": "sophiag", "block_size": 16, "batch_size": 64, "hessian_batch_size": 64}
         if groups > 1:
-            options |= {"hessian_estimator": "averaged", "hessian_group_size": 256 // groups}
-        s = settings.read(arguments(**options, micro_batch_size=256))
+            options |= {"hessian_estimator": "averaged", "hessian_group_size": 64 // groups}
+        s = settings.read(arguments(**options, micro_batch_size=64))
         c = Curvature(model, s, here, Batches(data, s, here))
         estimates = torch.stack([flat(c.estimate(step, list(model.parameters()))) for step in range(draws)])
         return estimates.mean(dim=0), estimates.var(dim=0).sum()

@@ -24,7 +24,6 @@ from data.preparation.writer import TextSource, write_data_set
 from run.errors import UserError
 from run.settings import ROOT
 from tests.conftest import write_dataset
-from tests.stress.kill_preparation import run_with_kills
 from tokens.token_files import open_data
 from tokens.tokenizers import TOKENIZERS, Bytes
 
@@ -314,12 +313,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     tracemalloc.stop()
     assert (tmp_path / "train.bin").stat().st_size == 300 * 50_001 * 2
     assert peak < 6e6
-
-
-def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
-    path = write_documents(tmp_path / "documents.jsonl", [f"{text} {i}" * 40 for i, text in enumerate(DOCUMENTS * 4)])
-    runs, _ = run_with_kills(["--data-files", str(path), "--tokenizer=bytes"], 2, tmp_path)
-    assert runs > 0
 
 
 def test_a_full_disk_keeps_what_is_done(openwebtext, call, refused, tmp_path):

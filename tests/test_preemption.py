@@ -41,12 +41,13 @@ def test_a_signal_ends_the_run_after_its_step(train, tmp_path, signalled, capsys
     assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("compile", COMPILERS)
 def test_the_same_command_goes_on_to_the_weights_and_the_rows_of_a_run_that_was_not_stopped(
-    train, tmp_path, signalled, compile
+    train, tmp_path, signalled, compile, checkpointed
 ):
     options = {"optimizer": "sophiag", "dropout": 0.1, "log_interval": 4, "keep_checkpoints": 1, "init_from": "auto"}
-    options |= {"compile": compile, "checkpoint_activations": compile, "n_layer": 1, "eval_interval": 20}
+    options |= {"compile": compile, "checkpoint_activations": checkpointed, "n_layer": 1, "eval_interval": 20}
     whole = train(tmp_path / "whole", **options)
     signalled(7, signal.SIGTERM)
     with pytest.raises(SystemExit):

@@ -108,7 +108,7 @@ SCALES = {
         optimizers(LAPTOP["batch_size"]),
         centres(adamw=4e-3, lion=1e-3, sophia={"learning_rate": 4e-3, "rho": 0.2, "beta1": 0.8}),
         first=6,
-        tuning=18,
+        tuning=24,
         seeds=(1, 2, 3),
     ),
     "gpu": Scale(

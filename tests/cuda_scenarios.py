@@ -8,7 +8,7 @@ curvature: bytes of memory, bytes that Triton's kernels move, calls of library f
     python -m tests.cuda_scenarios memory [CONFIG.py …] [--name=value …]
 
 prints the peaks of Sophia-H for 1, 2, 6 and 12 layers, beside those that training/memory.py computes, and the largest
-micro_batch_size that by these fits on a GPU. The tests' own scenarios are `run` and `self_check`.
+micro_batch_size that by these fits on a GPU. The tests' own scenarios are `run` and `checks`.
 """
 
 import bisect
@@ -51,6 +51,11 @@ SIZES = (
     "config/gpt2_small.py", "config/gpt2_medium.py", "config/gpt2_540m.py", "config/gpt2_large.py",
     "--n_layer=48 --n_head=25 --n_embd=1600",
 )  # fmt: skip
+PASSES = {  # of the 125M model, with fewer layers
+    "sophiah": ["config/gpt2_small_sophiah.py", "--n_layer=1", "--micro_batch_size=24"],
+    "sophiag": ["config/gpt2_small_sophiag.py", "--n_layer=1", "--micro_batch_size=12"],
+    "checkpointed": ["config/gpt2_small.py", "--n_layer=2", "--micro_batch_size=96", "--checkpoint_activations=True"],
+}
 RUN = TINY | {
     "n_embd": 64, "block_size": 64, "max_iters": STEPS, "eval_interval": 5, "log_interval": 3, "device": "cuda",
     "dtype": "auto", "compile": True,
@@ -204,10 +209,14 @@ class SameThread:
         return future
 
 
-def self_check() -> dict[str, Any]:
-    """What the device says of small programs about which it is known."""
+def checks() -> dict[str, Any]:
+    """What the device says of small programs about which it is known, and of PASSES."""
     with fake_cuda.Gpu() as gpu:
-        return {"waits": check_waits(gpu), "graphs": check_graphs(gpu), "mib": check_memory(gpu)}
+        found = {"waits": check_waits(gpu), "graphs": check_graphs(gpu), "mib": check_memory(gpu), "passes": {}}
+    for name, options in PASSES.items():
+        torch.compiler.reset()
+        found["passes"][name] = passes(read(options))
+    return found
 
 
 def check_waits(gpu: fake_cuda.Gpu) -> dict[str, int]:
@@ -294,7 +303,7 @@ SCENARIOS = {
     "passes": lambda *settings: passes(read(list(settings))),
     "memory": lambda *settings: memory(list(settings)),
     "run": run,
-    "self_check": self_check,
+    "checks": checks,
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 import train as script
 from run import signals
-from tests.conftest import COMPILERS, last_checkpoint, same_weights, without_timings
+from tests.conftest import last_checkpoint, needs_compiler, same_weights, without_timings
 
 
 @pytest.fixture
@@ -41,8 +41,9 @@ def test_a_signal_ends_the_run_after_its_step(train, tmp_path, signalled, capsys
     assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("compile", COMPILERS)
+@pytest.mark.parametrize(
+    ("compile", "checkpointed"), [(False, False), (False, True), pytest.param(True, False, marks=needs_compiler)]
+)
 def test_the_same_command_goes_on_to_the_weights_and_the_rows_of_a_run_that_was_not_stopped(
     train, tmp_path, signalled, compile, checkpointed
 ):

@@ -216,7 +216,7 @@ def check(call, monkeypatch, tmp_path):
 
     def run(runs, tests):
         monkeypatch.setattr(gpu_check, "RUNS", runs)
-        monkeypatch.setattr(gpu_check, "STEPS", 8)
+        monkeypatch.setattr(gpu_check, "STEPS", 8)  # as often a product of large matrices is timed
         monkeypatch.setenv("PYTEST_ADDOPTS", f"-k '{tests}'")
         return call(gpu_check, *sizes)
 

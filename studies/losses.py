@@ -71,9 +71,8 @@ def markdown(table: dict[str, Any]) -> str:
             len(found["runs"]),
             given(found["best"]),
             f"{min(run['loss'] for run in found['runs']):.3f}",
-            f"{len(found['untried_neighbours_of_the_best'])} not tried"
-            if found["untried_neighbours_of_the_best"]
-            else "inside",
+            " and ".join(found["on_the_edge_of"]) or "none",
+            len(found["untried_neighbours_of_the_best"]),
             sum(not math.isfinite(run["loss"]) for run in found["runs"]),
         ]
         for name, found in table["search"].items()
@@ -95,7 +94,7 @@ def markdown(table: dict[str, Any]) -> str:
     hashes = [[LABELS[name], *found.values()] for name, found in table["fingerprints"].items() if name in LABELS]
     return "\n\n".join(
         (
-            markdown_table("tuning | runs | best | its loss | its neighbours | diverged", tuned),
+            markdown_table("tuning | runs | best | its loss | on the edge of | neighbours not tried | diverged", tuned),
             markdown_table(
                 "final runs | losses of the seeds | mean | sd | steps to AdamW's mean | seconds | "
                 "clipped steps | unclipped fraction | diverged",

@@ -1,8 +1,8 @@
 """Tuning that is the same for every optimizer: the same number of runs on a lattice around a stated centre.
 
 A hyperparameter's values are its centre times powers of two; for a decay beta they are those of 1 - beta. The first
-runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice has no edge:
-a best point lies inside when both its neighbours along every axis were tried.
+runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice itself has no
+edge. The best point lies on the edge of what was tried along an axis where it has the lowest or the highest value.
 """
 
 import random
@@ -64,10 +64,12 @@ class Search:
 
     def table(self) -> dict[str, Any]:
         untried = [self.space.values(near) for near in self.space.neighbours(self.best) if near not in self.tried]
+        axes = zip(self.space.centre, self.best, zip(*self.tried, strict=True), strict=True)
         return {
             "centre": self.space.centre,
             "runs": [self.space.values(point) | {"loss": result.loss} for point, result in self.tried.items()],
             "best": self.space.values(self.best),
+            "on_the_edge_of": [name for name, best, powers in axes if best in (min(powers), max(powers))],
             "untried_neighbours_of_the_best": untried,
         }
 

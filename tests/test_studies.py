@@ -52,7 +52,7 @@ def test_a_search_finds_the_best_point_far_from_its_centre_and_says_that_it_lies
     runner = Formula(distance)
     found = search(runner, {"optimizer": "sophiag"}, Space(CENTRE), first=8, count=24)
     assert found.space.values(found.best) == pytest.approx(OPTIMUM)
-    assert found.table()["untried_neighbours_of_the_best"] == []
+    assert found.table()["untried_neighbours_of_the_best"] == found.table()["on_the_edge_of"] == []
     settings = [json.dumps(each, sort_keys=True) for each in runner.asked]
     assert len(settings) == len(set(settings)) == 24
     assert runner.asked[0] == {"optimizer": "sophiag"} | CENTRE
@@ -62,6 +62,11 @@ def test_a_search_that_ends_early_says_which_neighbours_of_the_best_it_did_not_t
     found = search(Formula(distance), {}, Space(CENTRE), first=2, count=3)
     assert len(found.tried) == 3
     assert found.table()["untried_neighbours_of_the_best"]
+
+
+def test_a_search_says_along_which_axis_the_best_lies_on_the_edge_of_what_it_tried():
+    found = search(Formula(lambda s: s["rho"] + distance(s | {"rho": OPTIMUM["rho"]})), {}, Space(CENTRE), 8, 30)
+    assert found.table()["on_the_edge_of"] == ["rho"]
 
 
 def test_a_search_goes_on_from_diverged_runs_and_never_leaves_the_range_of_a_beta():

@@ -1,8 +1,8 @@
 """Tuning that is the same for every optimizer: the same number of runs on a lattice around a stated centre.
 
 A hyperparameter's values are its centre times powers of two; for a decay beta they are those of 1 - beta. The first
-runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice itself has no
-edge. The best point lies on the edge of what was tried along an axis where it has the lowest or the highest value.
+runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice itself has
+no edge. The best lies on the edge of what was tried where a value of it is the lowest or the highest of all points.
 """
 
 import random

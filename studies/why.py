@@ -22,10 +22,10 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
         variants |= {f"{label}, as tuned": own, f"{label}, Sophia's betas": own | {"beta1": 0.96, "beta2": 0.99}}
     results = runner(list(variants.values()))
     return {
-        "runs": [
-            {"variant": label, "loss": result.loss, "unclipped_fraction": result.last.get("win_rate")}
+        "runs": {
+            label: {"loss": result.loss, "unclipped_fraction": result.last.get("win_rate")}
             for label, result in zip(variants, results, strict=True)
-        ]
+        }
     }
 
 
@@ -45,22 +45,24 @@ def changes(best: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    shares = [row["unclipped_fraction"] for row in table["runs"]]
-    shown = ["" if share is None else f"{share:.2f}" for share in shares]
-    rows = [[row["variant"], f"{row['loss']:.3f}", share] for row, share in zip(table["runs"], shown, strict=True)]
+    rows = []
+    for label, run in table["runs"].items():
+        share = run["unclipped_fraction"]
+        rows.append([label, f"{run['loss']:.3f}", "" if share is None else f"{share:.2f}"])
     return markdown_table("variant | final loss | unclipped fraction at the end", rows)
 
 
 def figure(table: dict[str, Any]) -> Figure:
-    rows = table["runs"][::-1]
-    drawing = Figure(figsize=(8, 0.3 * len(rows) + 1.2), layout="constrained")
+    labels, losses = list(table["runs"]), [run["loss"] for run in table["runs"].values()]
+    drawing = Figure(figsize=(8, 0.3 * len(labels) + 1.2), layout="constrained")
     axes = drawing.subplots()
-    finite = [row["loss"] for row in rows if row["loss"] < 20]
-    for number, row in enumerate(rows):
-        shown = min(row["loss"], max(finite))
-        axes.barh(number, shown, color="#0072B2" if row["loss"] in finite else "#D55E00")
-        axes.annotate(f"{row['loss']:.3f}", (shown, number), (3, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    finite = [loss for loss in losses if loss < 20]
+    for number, loss in enumerate(losses):
+        shown = min(loss, max(finite))
+        axes.barh(number, shown, color="#0072B2" if loss in finite else "#D55E00")
+        axes.annotate(f"{loss:.3f}", (shown, number), (3, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
     axes.set_xlim(min(finite) - 0.2, max(finite) + 0.2)
     axes.set_xlabel("final validation loss (nats per token)")
     return drawing

@@ -70,7 +70,7 @@ def markdown(table: dict[str, Any]) -> str:
             LABELS[name],
             len(found["runs"]),
             given(found["best"]),
-            f"{min(run['loss'] for run in found['runs']):.3f}",
+            f"{found['best_loss']:.3f}",
             " and ".join(found["on_the_edge_of"]) or "none",
             len(found["untried_neighbours_of_the_best"]),
             sum(not math.isfinite(run["loss"]) for run in found["runs"]),

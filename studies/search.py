@@ -69,6 +69,7 @@ class Search:
             "centre": self.space.centre,
             "runs": [self.space.values(point) | {"loss": result.loss} for point, result in self.tried.items()],
             "best": self.space.values(self.best),
+            "best_loss": self.tried[self.best].loss,
             "on_the_edge_of": [name for name, best, powers in axes if best in (min(powers), max(powers))],
             "untried_neighbours_of_the_best": untried,
         }

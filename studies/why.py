@@ -59,10 +59,11 @@ def figure(table: dict[str, Any]) -> Figure:
     finite = [loss for loss in losses if loss < 20]
     for number, loss in enumerate(losses):
         shown = min(loss, max(finite))
-        axes.barh(number, shown, color="#0072B2" if loss in finite else "#D55E00")
-        axes.annotate(f"{loss:.3f}", (shown, number), (3, 0), textcoords="offset points", va="center")
+        axes.plot(shown, number, "o", color="#0072B2" if loss in finite else "#D55E00")
+        axes.annotate(f"{loss:.3f}", (shown, number), (8, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
+    axes.grid(alpha=0.3)
     axes.set_xlim(min(finite) - 0.2, max(finite) + 0.2)
     axes.set_xlabel("final validation loss (nats per token)")
     return drawing

@@ -18,7 +18,7 @@ def report(results: Path, markdown: dict[str, Callable[[dict], str]], progress: 
     """The text of the report. `markdown` makes Markdown of a study's table, `progress` tells of one without a table.
 
     In a section, {table} is the first study's table in Markdown, and {STUDY[…]} a figure of a study's table.json, in
-    the notation of str.format; a slash in the study's name is an underscore there.
+    the notation of str.format.
     """
     sections = re.split(r"^(?=## )", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return "".join(filled(section, results, markdown, progress) for section in sections)
@@ -32,8 +32,8 @@ def filled(section: str, results: Path, markdown: dict[str, Callable[[dict], str
     paths = {folder: results / folder / "table.json" for folder in folders}
     if missing := [folder for folder, path in paths.items() if not path.exists()]:
         return f"{heading}{progress(missing[0])}\n\n"
-    tables = {folder.replace("/", "_"): read_json(path) for folder, path in paths.items()}
-    first = markdown[Path(folders[0]).name](next(iter(tables.values())))
+    tables = {folder: read_json(path) for folder, path in paths.items()}
+    first = markdown[Path(folders[0]).name](tables[folders[0]])
     return heading + section[match.end() :].format(table=first, **tables)
 
 

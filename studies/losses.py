@@ -71,7 +71,7 @@ def markdown(table: dict[str, Any]) -> str:
             len(found["runs"]),
             given(found["best"]),
             f"{found['best_loss']:.3f}",
-            " and ".join(found["on_the_edge_of"]) or "none",
+            past_the_edge(found) or "no edge",
             len(found["untried_neighbours_of_the_best"]),
             sum(not math.isfinite(run["loss"]) for run in found["runs"]),
         ]
@@ -94,7 +94,9 @@ def markdown(table: dict[str, Any]) -> str:
     hashes = [[LABELS[name], *found.values()] for name, found in table["fingerprints"].items() if name in LABELS]
     return "\n\n".join(
         (
-            markdown_table("tuning | runs | best | its loss | on the edge of | neighbours not tried | diverged", tuned),
+            markdown_table(
+                "tuning | runs | best | its loss | a step past the edge | neighbours not tried | diverged", tuned
+            ),
             markdown_table(
                 "final runs | losses of the seeds | mean | sd | steps to AdamW's mean | seconds | "
                 "clipped steps | unclipped fraction | diverged",
@@ -103,6 +105,12 @@ def markdown(table: dict[str, Any]) -> str:
             markdown_table("first seed's hash of | batches | initial weights | validation blocks", hashes),
         )
     )
+
+
+def past_the_edge(found: dict[str, Any]) -> str:
+    best = found["best"]
+    steps = [(name, run) for run in found["past_the_edge"] for name in best if run[name] != best[name]]
+    return ", ".join(f"{name} {run[name]:g}: {run['loss']:.3f}" for name, run in steps)
 
 
 def figure(table: dict[str, Any]) -> Figure:

@@ -2,12 +2,13 @@
 
 A hyperparameter's values are its centre times powers of two; for a decay beta they are those of 1 - beta. The first
 runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice itself has
-no edge. The best lies on the edge of what was tried where a value of it is the lowest or the highest of all points.
+no edge. Where a value of the best is the lowest or the highest that was tried, one more run goes a step further. It
+tells whether the search ended too early, and does not take part in it.
 """
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from studies.runs import Result, Runner
@@ -53,37 +54,54 @@ def on_lattice(name: str, centre: float, power: int) -> float:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search tried, in its order, and the best of it."""
+    """What a search tried, in its order, and what lies a step past the edge of it."""
 
     space: Space
     tried: dict[Point, Result]
+    past_the_edge: dict[Point, Result]
 
     @property
     def best(self) -> Point:
         return min(self.tried, key=lambda point: self.tried[point].loss)
 
+    def neighbours_past_the_edge(self) -> list[Point]:
+        """Those of the best that have a value outside of all that was tried."""
+        spans = [(min(powers), max(powers)) for powers in zip(*self.tried, strict=True)]
+        return [
+            near
+            for near in self.space.neighbours(self.best)
+            if not all(low <= power <= high for power, (low, high) in zip(near, spans, strict=True))
+        ]
+
     def table(self) -> dict[str, Any]:
-        untried = [self.space.values(near) for near in self.space.neighbours(self.best) if near not in self.tried]
-        axes = zip(self.space.centre, self.best, zip(*self.tried, strict=True), strict=True)
+        known = self.tried | self.past_the_edge
+        untried = [self.space.values(near) for near in self.space.neighbours(self.best) if near not in known]
         return {
             "centre": self.space.centre,
-            "runs": [self.space.values(point) | {"loss": result.loss} for point, result in self.tried.items()],
+            "runs": self._rows(self.tried),
             "best": self.space.values(self.best),
             "best_loss": self.tried[self.best].loss,
-            "on_the_edge_of": [name for name, best, powers in axes if best in (min(powers), max(powers))],
+            "past_the_edge": self._rows(self.past_the_edge),
             "untried_neighbours_of_the_best": untried,
         }
 
+    def _rows(self, results: dict[Point, Result]) -> list[dict[str, float]]:
+        return [self.space.values(point) | {"loss": result.loss} for point, result in results.items()]
+
 
 def search(runner: Runner, base: dict[str, Any], space: Space, first: int, count: int) -> Search:
-    """`count` runs: `first` of them drawn, the others neighbours of the best; when it has none left, of the next."""
-    tried: dict[Point, Result] = {}
-    wanted = space.random_points(first)
-    while wanted:
-        found = runner([base | space.values(point) for point in wanted])
-        tried |= zip(wanted, found, strict=True)
-        wanted = next_points(space, tried)[: count - len(tried)]
-    return Search(space, tried)
+    """`count` runs: `first` of them drawn, the others neighbours of the best; when it has none left, of the next. Then
+    those past the edge.
+    """
+
+    def run(points: list[Point]) -> dict[Point, Result]:
+        return dict(zip(points, runner([base | space.values(point) for point in points]), strict=True))
+
+    tried = run(space.random_points(first))
+    while wanted := next_points(space, tried)[: count - len(tried)]:
+        tried |= run(wanted)
+    found = Search(space, tried, {})
+    return replace(found, past_the_edge=run(found.neighbours_past_the_edge()))
 
 
 def next_points(space: Space, tried: dict[Point, Result]) -> list[Point]:

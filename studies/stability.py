@@ -61,7 +61,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def figure(table: dict[str, Any]) -> Figure:
-    drawing = Figure(figsize=(8, 5), layout="constrained")
+    drawing = Figure(figsize=(10, 5), layout="constrained")
     axes = drawing.subplots()
     top = max(min(loss for _, loss in row["losses"]) for row in table["runs"]) + 1.5
     for row in table["runs"]:
@@ -72,9 +72,8 @@ def figure(table: dict[str, Any]) -> Figure:
         style = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "--" if scaled else "-"}
         axes.plot(rates, [min(loss, top) for loss in losses], label=label, **style)
     axes.set_xscale("log")
-    axes.set_ylim(top=top)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("final validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    drawing.legend(loc="outside right upper", fontsize=9)
     return drawing

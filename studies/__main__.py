@@ -4,11 +4,11 @@
     python -m studies losses --scale=quickstart                 AdamW and Sophia-G on the quickstart's model and text
     python -m studies losses batch why --scale=gpu --dataset=openwebtext
     python -m studies losses --scale=gpu --plan                 what it would run, and how long it would take
-    python -m studies report                                    results/REPORT.md, from the tables
+    python -m studies report                                    results/REPORT.md, from the laptop's tables
 
 A study that was stopped goes on where it was. Runs that ended are lines of results/runs.jsonl and are not run again:
-give --results=FOLDER to begin anew. Tables and pictures are written to results/STUDY/. The later studies begin with the
-best settings that `losses` found at the same scale.
+give --results=FOLDER to begin anew. Tables are printed, and written to results/STUDY/ with their pictures. The later
+studies begin with the best settings that `losses` found at the same scale.
 """
 
 import signal
@@ -53,6 +53,8 @@ def main() -> None:
         scale.base["dataset"] = options.dataset
     if options.scale == "quickstart" and options.studies != ["losses"]:
         raise errors.UserError("--scale=quickstart has two optimizers, and is for the study of losses alone")
+    if options.scale != "laptop" and "report" in options.studies:
+        raise errors.UserError(f"the report is about the laptop's runs, not about those of --scale={options.scale}")
     results = options.results or ROOT / "results" / ("" if options.scale == "laptop" else options.scale)
     if names := [name for name in options.studies if name != "report"]:
         run_studies(names, scale, results, options)
@@ -100,12 +102,12 @@ def text_of_report(results: Path) -> str:
 
 
 def write(folder: Path, study: ModuleType, runner: runs.Runner, scale: Scale) -> None:
-    """The study's table.json and picture, made of the runs' folders."""
+    """The study's table.json and picture, made of its runs; prints the table."""
     table = {"base": scale.base} | study.study(runner, scale)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", table)
     study.figure(table).savefig(folder / "figure.png", dpi=110)
-    print(folder.resolve())
+    print(study.markdown(table), folder.resolve(), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Sensitivity: the loss of both Sophias over ρ and β2, around the best settings of `losses`."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ OPTIMIZERS = ("sophiag", "sophiah")
 RHO_FACTORS = (0.25, 0.5, 1, 2, 4)
 BETA2 = (0.9, 0.97, 0.99)
 SHORTER = 2  # a fraction of the steps
+SHADES = 0.2  # nats above the lowest loss that the picture tells apart
 
 
 def study(runner: Runner, scale: Scale) -> dict[str, Any]:
@@ -24,8 +24,10 @@ def study(runner: Runner, scale: Scale) -> dict[str, Any]:
         shorter = best | {"max_iters": best["max_iters"] // SHORTER}
         rhos = [float(f"{best['rho'] * factor:.4g}") for factor in RHO_FACTORS]
         results = iter(runner([shorter | {"rho": rho, "beta2": beta2} for beta2 in BETA2 for rho in rhos]))
-        rows.append({"optimizer": name, "rho": rhos, "beta2": BETA2,
-                     "losses": [[next(results).loss for _ in rhos] for _ in BETA2]})  # fmt: skip
+        losses = [[next(results).loss for _ in rhos] for _ in BETA2]
+        lowest, highest = (extreme(map(extreme, losses)) for extreme in (min, max))
+        rows.append({"optimizer": name, "rho": rhos, "beta2": BETA2, "losses": losses,
+                     "lowest": lowest, "highest": highest})  # fmt: skip
     return {"grids": rows}
 
 
@@ -45,12 +47,11 @@ def markdown(table: dict[str, Any]) -> str:
 def figure(table: dict[str, Any]) -> Figure:
     drawing = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, grid in zip(drawing.subplots(1, len(OPTIMIZERS)), table["grids"], strict=True):
-        losses = np.array(grid["losses"])
-        finite = losses[np.isfinite(losses)]
-        axes.imshow(losses, cmap="cividis_r", vmin=finite.min(), vmax=min(finite.max(), finite.min() + 1))
-        for (row, column), loss in np.ndenumerate(losses):
-            dark = math.isfinite(loss) and loss > finite.min() + 0.5 * (finite.max() - finite.min())
-            axes.text(column, row, f"{loss:.3f}", ha="center", va="center", color="white" if dark else "black")
+        lowest = grid["lowest"]
+        axes.imshow(grid["losses"], cmap="cividis_r", vmin=lowest, vmax=lowest + SHADES)
+        for (row, column), loss in np.ndenumerate(grid["losses"]):
+            color = "white" if loss > lowest + SHADES / 2 else "black"
+            axes.text(column, row, f"{loss:.3f}", ha="center", va="center", color=color)
         axes.set_xticks(range(len(grid["rho"])), [f"{rho:.3g}" for rho in grid["rho"]])
         axes.set_yticks(range(len(grid["beta2"])), grid["beta2"])
         axes.set_xlabel("ρ")

@@ -14,7 +14,7 @@ from studies.report import markdown_table
 from studies.runs import Runner
 from studies.scales import LABELS, Scale, with_batch
 
-OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah")
+OPTIMIZERS = ("adamw", "lion", "sophiag")
 FACTORS = (1 / 16, 1 / 4, 1, 4)  # of the batch
 KINDS = {"equal_tokens": "the same tokens", "equal_steps": "the same steps"}
 

@@ -93,6 +93,8 @@ def figure(table: dict[str, Any]) -> Figure:
         axes.plot(sizes, np.exp(line["intercept"]) * sizes ** line["slope"], color=color, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.set_xlabel("parameters")
     axes.set_ylabel("final validation loss (nats per token)")
     axes.grid(alpha=0.3, which="both")

@@ -58,7 +58,7 @@ def summary(group: list[Result], goal: float) -> dict[str, Any]:
         "diverged": len(losses) - len(alive),
         "steps_to_adamws_loss": steps,
         "seconds": [row["seconds"] for row in last],
-        "clip_rate": fmean(row["clip_rate"] for row in last),
+        "clip_rate": fmean([row["clip_rate"] for row in last] or [math.nan]),
         "unclipped_fraction": [row["win_rate"] for row in last if "win_rate" in row],
         "curve": curves.mean(axis=0).round(4).tolist() if alive else [],
     }
@@ -84,7 +84,7 @@ def markdown(table: dict[str, Any]) -> str:
             f"{found['mean']:.3f}",
             "" if found["sd"] is None else f"{found['sd']:.3f}",
             ", ".join("never" if steps is None else f"{steps:.0f}" for steps in found["steps_to_adamws_loss"]),
-            f"{fmean(found['seconds']):.0f}",
+            f"{fmean(found['seconds'] or [math.nan]):.0f}",
             f"{found['clip_rate']:.0%}",
             ", ".join(f"{share:.2f}" for share in found["unclipped_fraction"]),
             found["diverged"],

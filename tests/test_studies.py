@@ -232,3 +232,10 @@ def test_losses_of_seeds_and_the_steps_to_adamws_loss(scale):
     steps = LONGER * scale.base["max_iters"]
     assert final["sophiag"]["steps_to_adamws_loss"][0] == pytest.approx(steps * (1 - gap / 3))
     assert [len(found["runs"]) for found in table["search"].values()] == [scale.tuning] * len(LABELS)
+
+
+def test_an_optimizer_whose_seeds_all_diverge_has_its_row(scale):
+    table = STUDIES["losses"].study(Formula(lambda s: math.inf if "rho" in s else formula_of(s)), scale)
+    assert table["final"]["sophiag"]["diverged"] == len(scale.seeds)
+    assert "| inf, inf, inf | inf |" in STUDIES["losses"].markdown(json.loads(json.dumps(table)))
+    STUDIES["losses"].figure(table)

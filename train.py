@@ -1,4 +1,4 @@
-"""Pretrain GPT-2 with AdamW, Lion, Sophia-H or Sophia-G.
+"""Pretrain GPT-2 with AdamW, Lion, Muon, Sophia-H or Sophia-G.
 
     python train.py [CONFIG.py …] [--name=value …]                        one device
     torchrun --nproc_per_node=8 train.py config/gpt2_small_sophiag.py     eight

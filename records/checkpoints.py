@@ -66,18 +66,15 @@ class Checkpoint:
 
     def optimizer_state(self, model: GPT) -> dict[str, Tensor]:
         """The optimizer's state, as <parameter>/<name of the state>; empty before the first update."""
-        state = self._tensors("optimizer.safetensors")
-        shapes = {
-            f"{name}/{key}": parameter.shape
-            for name, parameter in model.named_parameters()
-            for key in STATE[self.settings["optimizer"]]
-            if self.progress.step
-        }
-        if state.keys() != shapes.keys():
-            raise Damaged(f"{self.folder} is damaged: its optimizer state is not that of {self.settings['optimizer']}")
-        for path, tensor in state.items():
-            if tensor.dim() and tensor.shape != shapes[path]:
-                raise Damaged(f"{self.folder} is damaged: the optimizer state {path!r} has another shape")
+        state, optimizer = self._tensors("optimizer.safetensors"), self.settings["optimizer"]
+        params = dict(model.named_parameters()) if self.progress.step else {}
+        parts = {path.rpartition("/"): tensor.shape for path, tensor in state.items()}  # (parameter, "/", state)
+        fits = all(
+            key in STATE[optimizer] and name in params and shape in ((), params[name].shape)
+            for (name, _, key), shape in parts.items()
+        )
+        if not fits or {name for name, _, _ in parts} != params.keys():
+            raise Damaged(f"{self.folder} is damaged: its optimizer state is not that of {optimizer}")
         return state
 
     def _tensors(self, name: str) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ OPTIMIZER_DEFAULTS = {
     "lion": {"beta1": 0.95, "beta2": 0.98, "weight_decay": 0.5},
     "sophiah": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "rho": 0.01, "hessian_batch_size": 32},
     "sophiag": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "rho": 0.05, "hessian_batch_size": 240},
+    "muon": {"beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
 }
 AVERAGED_HESSIAN_BATCH_SIZE = 32  # of sophiag with hessian_estimator=averaged, which needs fewer sequences
 
@@ -65,7 +66,7 @@ class Settings:
     micro_batch_size: int = setting(12, "sequences per forward pass on one device")
     checkpoint_activations: bool = setting(False, "compute each block's activations twice and keep fewer in memory")
     # optimizer
-    optimizer: Literal["adamw", "lion", "sophiah", "sophiag"] = setting("adamw", "the optimizer")
+    optimizer: Literal["adamw", "lion", "sophiah", "sophiag", "muon"] = setting("adamw", "the optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")
     weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer")
     beta1: float | None = setting(None, "decay of the momentum; None: by optimizer")

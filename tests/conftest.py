@@ -24,6 +24,7 @@ TINY = {
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw"},
     "lion": {"optimizer": "lion"},
+    "muon": {"optimizer": "muon"},
     "sophiah": {"optimizer": "sophiah"},
     "sophiag": {"optimizer": "sophiag"},
     "sophiag-averaged": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_group_size": 2},

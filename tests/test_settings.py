@@ -44,6 +44,7 @@ def test_each_optimizer_has_its_own_defaults():
     assert {name: (s.beta1, s.beta2, s.rho, s.hessian_batch_size) for name, s in chosen.items()} == {
         "adamw": (0.9, 0.95, None, None), "lion": (0.95, 0.98, None, None),
         "sophiah": (0.96, 0.99, 0.01, 32), "sophiag": (0.96, 0.99, 0.05, 240),
+        "muon": (0.95, 0.95, None, None),
     }  # fmt: skip
     assert [name for name, s in chosen.items() if s.uses_curvature] == ["sophiah", "sophiag"]
     assert read(["--optimizer=sophiag", "--beta1=0.5"]).beta1 == 0.5
@@ -152,7 +153,7 @@ def test_settings_do_not_import_torch():
         ("--n_layer", "--n_layer: expected one argument"),
         ("--compile=1", "compile = '1' in the command line: must be True or False"),
         ("--rho=x", "rho = 'x' in the command line: must be a number or None"),
-        ("--optimizer=sophia", "must be adamw or lion or sophiah or sophiag; did you mean 'sophia"),
+        ("--optimizer=sophia", "must be adamw or lion or sophiah or sophiag or muon; did you mean 'sophia"),
         ("--learning_rate=1e999", "learning_rate in the command line: the number must be finite"),
         ("--seed=99999999999999999999", "seed in the command line: the number must be finite and fit into 64 bits"),
         ("--learning_rate=-1", "learning_rate = -1.0: must be at least 0"),
@@ -176,7 +177,7 @@ def test_a_bad_argument_is_named(argument, complaint):
         ("n_layer = 'three'", "line 1: must be a whole number"),
         ("\n\nn_layer = '12'", "n_layer = '12' in c.py, line 3: must be a whole number"),
         ("n_layr = 3", "unknown setting 'n_layr' in c.py, line 1; did you mean 'n_layer'?"),
-        ("optimizer = 3", "line 1: must be adamw or lion or sophiah or sophiag; did you mean"),
+        ("optimizer = 3", "line 1: must be adamw or lion or sophiah or sophiag or muon; did you mean"),
         ("learning_rate = 1" + "0" * 400, "the number must be finite"),
         ("n_layer = 3\nn_head = __import__('os').cpu_count()", "c.py, line 2: n_head must be a literal"),
         ("n_layer = 2 * 3", "line 1: n_layer must be a literal, a config file is not executed"),

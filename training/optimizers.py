@@ -12,12 +12,13 @@ from run.ranks import Ranks
 from run.settings import Settings
 from sophia import SophiaG, SophiaH
 
-# What each optimizer remembers of a parameter
+# What each optimizer remembers of a parameter; Muon the first of its matrices and the others of the rest
 STATE = {
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
     "lion": {"exp_avg"},
     "sophiah": {"exp_avg", "hessian"},
     "sophiag": {"exp_avg", "hessian"},
+    "muon": {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"},
 }
 
 
@@ -57,38 +58,61 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_optimizer(model: nn.Module, settings: Settings, machine: Machine) -> torch.optim.Optimizer:
+class MuonAndAdamW:
+    """torch.optim.Muon on the blocks' matrices and AdamW on all other parameters, with one learning rate: Muon's update
+    is scaled to the size that AdamW's has (arXiv 2502.16982, section 2.2). beta1 is the momentum of both.
+    """
+
+    def __init__(self, matrices: dict, others: dict, lr: float, betas: tuple[float, float], fused: bool):
+        self.muon = torch.optim.Muon([matrices], lr=lr, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW([others], lr=lr, betas=betas, eps=1e-8, fused=fused)
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+        self.state = self.muon.state = self.adamw.state
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+
+
+Optimizer = torch.optim.Optimizer | MuonAndAdamW
+
+
+def make_optimizer(model: nn.Module, settings: Settings, machine: Machine) -> Optimizer:
     groups = parameter_groups(model, settings.weight_decay)
     options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+    fused = machine.device.type in ("cuda", "cpu")
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, eps=1e-8, fused=machine.device.type in ("cuda", "cpu"), **options)
+        return torch.optim.AdamW(groups, eps=1e-8, fused=fused, **options)
+    if settings.optimizer == "muon":
+        return MuonAndAdamW(*groups, fused=fused, **options)
     if settings.optimizer == "lion":
         return Lion(groups, compile=machine.compile, **options)
     sophia = SophiaG if settings.optimizer == "sophiag" else SophiaH
     return sophia(groups, rho=settings.rho, compile=machine.compile, **options)
 
 
-def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, as <parameter>/<name of the state>."""
     names = {param: name for name, param in model.named_parameters()}
     return {f"{names[param]}/{key}": value for param, state in optimizer.state.items() for key, value in state.items()}
 
 
-def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], ranks: Ranks) -> None:
+def load_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Tensor], ranks: Ranks) -> None:
     """Give every rank the `state` that rank 0 has, as <parameter>/<name of the state>; on the others it is empty.
     Hyperparameters stay those of `optimizer`.
     """
     named = dict(model.named_parameters())
-    numbers = {param: number for number, param in enumerate(parameters(optimizer))}
-    by_number: dict[int, dict[str, Tensor]] = {}
     for path, shape, dtype in ranks.broadcast_object([(path, x.shape, x.dtype) for path, x in state.items()]):
         name, _, key = path.rpartition("/")
         device = named[name].device
         tensor = state[path].to(device) if state else torch.empty(shape, dtype=dtype, device=device)
         ranks.broadcast(tensor)
-        by_number.setdefault(numbers[named[name]], {})[key] = tensor
-    optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.state[named[name]][key] = tensor

@@ -17,7 +17,7 @@ from tests.conftest import OPTIMIZERS, TINY, rows_of, text_dataset
 # What each rank has to do is uneven: 6 sequences for curvature, or 3 groups of them, and 10 validation blocks.
 SETTINGS = TINY | {"batch_size": 12, "hessian_batch_size": 6}
 MICRO_BATCH_SIZES = {1: 4, 2: 3, 3: 2, 4: 1}
-BOUND = 1e-5
+BOUNDS = dict.fromkeys(OPTIMIZERS, 1e-5) | {"muon": 1e-4}  # Muon iterates in bfloat16, where a last bit counts for more
 
 
 def torchrun(ranks: int, *runs: dict, fault: str = "none") -> subprocess.CompletedProcess:
@@ -54,19 +54,20 @@ def main() -> None:
             done = torchrun(ranks, *runs)
             assert done.returncode == 0, done.stderr
             rows |= {(name, ranks): rows_of(folder / f"{name}-{ranks}") for name in OPTIMIZERS}
-    largest = 0.0
+    beyond = []
     print(f"{'':18}{'loss at steps 1 … 20':24}largest difference of the training (validation) loss, of 20 steps")
     for name in OPTIMIZERS:
         one, cells = rows[name, 1], []
         for ranks in (2, 3, 4):
             train, val = (difference(one, rows[name, ranks], key) for key in ("train/loss", "val/loss"))
-            largest = max(largest, train, val)
             cells.append(f"{ranks} ranks: {train:.1e} ({val:.1e})")
+            if max(train, val) >= BOUNDS[name]:
+                beyond.append(f"{name} on {ranks} ranks: {max(train, val):.1e} is not below {BOUNDS[name]:.0e}")
         losses = f"{one[1]['train/loss']:.4f} … {one[20]['train/loss']:.4f}"
         print(f"{name:18}{losses:24}{', '.join(cells)}")
-    if largest >= BOUND:
-        sys.exit(f"error: {largest:.1e} is not below {BOUND:.0e}")
-    print(f"all below {BOUND:.0e}")
+    if beyond:
+        sys.exit(f"error: {'; '.join(beyond)}")
+    print(f"all below {BOUNDS['adamw']:.0e}, Muon below {BOUNDS['muon']:.0e}")
 
 
 if __name__ == "__main__":

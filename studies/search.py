@@ -1,112 +1,117 @@
-"""Tuning that is the same for every optimizer: the same number of runs on a lattice around a stated centre.
+"""Tuning, the same for every optimizer: runs spread over a grid, the neighbours of the best, then fresh seeds.
 
-A hyperparameter's values are its centre times powers of two; for a decay beta they are those of 1 - beta. The first
-runs are the centre and random points around it, the rest are neighbours of the best so far. So the lattice itself has
-no edge. Where a value of the best is the lowest or the highest that was tried, one more run goes a step further. It
-tells whether the search ended too early, and does not take part in it.
+The first runs are spread by a quasi-random sequence (Sobol's). Then come the untried neighbours of the best so far, one
+step along one axis; where the best has none left, those of the next best, until there are enough runs. A search does
+not end while the best has an untried neighbour. An axis goes on past its ends, so that no best lies on an edge. The best
+of many runs is partly luck. So the first three run again with fresh seeds, and the mean of these decides.
 """
 
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
+
+import torch
 
 from studies.runs import Result, Runner
 
-RANGE = {"learning_rate": 2, "beta1": 1, "beta2": 1, "rho": 1}  # of the random points: powers of two either way
-Point = tuple[int, ...]
+FINALISTS = 3
+Point = tuple[int, ...]  # the place of a value on each axis
+Axes = dict[str, tuple[float, ...]]  # values in ascending order by the setting's name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many runs a search has, and its seeds: the first one's for the search, the others' for the finalists."""
+
+    spread: int = 12
+    least: int = 24
+    seeds: tuple[int, ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Space:
-    """The hyperparameters that are tuned, with their centre."""
+    axes: Axes
 
-    centre: dict[str, float]
+    def settings(self, point: Point) -> dict[str, float]:
+        places = zip(self.axes.items(), point, strict=True)
+        return {name: value_at(name, values, place) for (name, values), place in places}
 
-    def values(self, point: Point) -> dict[str, float]:
-        pairs = zip(self.centre.items(), point, strict=True)
-        return {name: float(f"{on_lattice(name, centre, power):.4g}") for (name, centre), power in pairs}
-
-    def is_valid(self, point: Point) -> bool:
-        values = self.values(point)
-        return all(0 <= values[name] < 1 for name in values if name.startswith("beta"))
-
-    def random_points(self, count: int) -> list[Point]:
-        """The centre and count - 1 more, different from each other: the same powers for every space of as many axes."""
-        points, draw = [(0,) * len(self.centre)], random.Random(0)
-        while len(points) < count:
-            point = tuple(draw.randint(-RANGE[name], RANGE[name]) for name in self.centre)
-            if point not in points and self.is_valid(point):
-                points.append(point)
-        return points
+    def spread(self, count: int) -> list[Point]:
+        """`count` different points of the grid, by Sobol's sequence."""
+        sizes = torch.tensor([len(values) for values in self.axes.values()])
+        draws = torch.quasirandom.SobolEngine(len(sizes)).fast_forward(1).draw(64 * count)  # the first is a corner
+        points = [tuple(place) for place in (draws * sizes).long().tolist()]
+        return list(dict.fromkeys(points))[:count]
 
     def neighbours(self, point: Point) -> Iterator[Point]:
-        for axis in range(len(point)):
+        for axis, name in enumerate(self.axes):
             for step in (-1, 1):
                 near = (*point[:axis], point[axis] + step, *point[axis + 1 :])
-                if self.is_valid(near):
+                if not name.startswith("beta") or 0 <= self.settings(near)[name] < 1:
                     yield near
 
 
-def on_lattice(name: str, centre: float, power: int) -> float:
-    return 1 - (1 - centre) * 2.0**power if name.startswith("beta") else centre * 2.0**power
+def value_at(name: str, values: tuple[float, ...], place: int) -> float:
+    """The value at a place of an axis. Past its ends a step doubles or halves the value; of a beta, 1 - beta."""
+    inside = min(max(place, 0), len(values) - 1)
+    factor = 2.0 ** (place - inside)
+    value = 1 - (1 - values[inside]) / factor if name.startswith("beta") else values[inside] * factor
+    return float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
-class Search:
-    """What a search tried, in its order, and what lies a step past the edge of it."""
+class Tuned:
+    """What a search tried, in its order, and the finalists with their fresh seeds."""
 
     space: Space
     tried: dict[Point, Result]
-    past_the_edge: dict[Point, Result]
+    finalists: dict[Point, list[Result]]
 
     @property
     def best(self) -> Point:
-        return min(self.tried, key=lambda point: self.tried[point].loss)
+        return min(self.finalists, key=lambda point: fmean(result.loss for result in self.finalists[point]))
 
-    def neighbours_past_the_edge(self) -> list[Point]:
-        """Those of the best that have a value outside of all that was tried."""
-        spans = [(min(powers), max(powers)) for powers in zip(*self.tried, strict=True)]
-        return [
-            near
-            for near in self.space.neighbours(self.best)
-            if not all(low <= power <= high for power, (low, high) in zip(near, spans, strict=True))
-        ]
+    @property
+    def settings(self) -> dict[str, float]:
+        return self.space.settings(self.best)
 
     def table(self) -> dict[str, Any]:
-        known = self.tried | self.past_the_edge
-        untried = [self.space.values(near) for near in self.space.neighbours(self.best) if near not in known]
         return {
-            "centre": self.space.centre,
-            "runs": self._rows(self.tried),
-            "best": self.space.values(self.best),
-            "best_loss": self.tried[self.best].loss,
-            "past_the_edge": self._rows(self.past_the_edge),
-            "untried_neighbours_of_the_best": untried,
+            "grid": self.space.axes,
+            "runs": [self.space.settings(point) | {"loss": result.loss} for point, result in self.tried.items()],
+            "finalists": [
+                self.space.settings(point) | {"loss": self.tried[point].loss, "fresh": [run.loss for run in runs]}
+                for point, runs in self.finalists.items()
+            ],
+            "best": self.settings,
+            "untried_neighbours": [
+                self.space.settings(near) for near in self.space.neighbours(self.best) if near not in self.tried
+            ],
         }
 
-    def _rows(self, results: dict[Point, Result]) -> list[dict[str, float]]:
-        return [self.space.values(point) | {"loss": result.loss} for point, result in results.items()]
 
-
-def search(runner: Runner, base: dict[str, Any], space: Space, first: int, count: int) -> Search:
-    """`count` runs: `first` of them drawn, the others neighbours of the best; when it has none left, of the next. Then
-    those past the edge.
-    """
+def search(runner: Runner, base: dict[str, Any], axes: Axes, budget: Budget) -> Tuned:
+    space, (seed, *fresh) = Space(axes), budget.seeds
 
     def run(points: list[Point]) -> dict[Point, Result]:
-        return dict(zip(points, runner([base | space.values(point) for point in points]), strict=True))
+        settings = [base | space.settings(point) | {"seed": seed} for point in points]
+        return dict(zip(points, runner(settings), strict=True))
 
-    tried = run(space.random_points(first))
-    while wanted := next_points(space, tried)[: count - len(tried)]:
+    def ranking() -> list[Point]:
+        return sorted(tried, key=lambda point: tried[point].loss)
+
+    tried = run(space.spread(budget.spread))
+    while wanted := untried_neighbours(space, ranking(), tried, enough=len(tried) >= budget.least):
         tried |= run(wanted)
-    found = Search(space, tried, {})
-    return replace(found, past_the_edge=run(found.neighbours_past_the_edge()))
+    finalists = ranking()[:FINALISTS]
+    again = iter(runner([base | space.settings(point) | {"seed": each} for point in finalists for each in fresh]))
+    return Tuned(space, tried, {point: [next(again) for _ in fresh] for point in finalists})
 
 
-def next_points(space: Space, tried: dict[Point, Result]) -> list[Point]:
-    for point in sorted(tried, key=lambda point: tried[point].loss):
-        near = [near for near in space.neighbours(point) if near not in tried]
-        if near:
+def untried_neighbours(space: Space, ranking: list[Point], tried: dict, enough: bool) -> list[Point]:
+    """Those of the best; unless there are `enough` runs, those of the first that has any."""
+    for point in ranking[:1] if enough else ranking:
+        if near := [near for near in space.neighbours(point) if near not in tried]:
             return near
     return []

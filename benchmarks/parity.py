@@ -19,7 +19,7 @@ from run.errors import UserError
 from run.machine import Machine
 from run.settings import OPTIMIZER_DEFAULTS, Settings
 from sophia import labels_from_uniforms
-from studies.report import markdown_table
+from studies.groups import markdown_table
 from tokens.batches import Batches
 from tokens.token_files import open_data
 from training.optimizers import betas, learning_rate

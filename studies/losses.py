@@ -1,128 +1,126 @@
-"""Losses: each optimizer tuned with as many runs, then three seeds of twice the steps at its best; AdamW also with
-twice as many again.
-"""
+"""Losses: every optimizer tuned alike, then fresh seeds at its best; some also for shorter and longer schedules."""
 
-import math
 from functools import partial
-from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from records.curves import COLORS, MARKERS, first_x_at
-from studies.report import given, markdown_table
-from studies.runs import Result, Runner, together
-from studies.scales import LABELS, Scale
-from studies.search import Search, search
+from studies.claims import Claim
+from studies.groups import Groups, best_of, draw_band, losses, markdown_table, run_groups, table, tune, tuned
+from studies.runs import Runner, together
+from studies.scales import LABELS, Scale, Settings
+from studies.search import Tuned
 
-LONGER = 2  # times the steps of the runs that tune
-NAMES = LABELS | {"adamw_twice": "AdamW, twice the steps"}
-
-
-def study(runner: Runner, scale: Scale) -> dict[str, Any]:
-    names = list(scale.optimizers)
-    searches = dict(zip(names, together([partial(tune, runner, scale, name) for name in names]), strict=True))
-    steps = LONGER * scale.base["max_iters"]
-    finals = {name: best_settings(scale, name, searches[name]) | {"max_iters": steps} for name in names}
-    finals["adamw_twice"] = finals["adamw"] | {"max_iters": 2 * steps}
-    results = iter(runner([final | {"seed": seed} for final in finals.values() for seed in scale.seeds]))
-    groups = {name: [next(results) for _ in scale.seeds] for name in finals}
-    goal = fmean(result.loss for result in groups["adamw"])
-    return {
-        "fingerprints": {name: group[0].fingerprints for name, group in groups.items()},
-        "search": {name: found.table() for name, found in searches.items()},
-        "final": {name: summary(group, goal) for name, group in groups.items()},
-    }
+RATE_FACTORS = (0.5, 1, 2)  # tried again for a longer schedule
 
 
-def tune(runner: Runner, scale: Scale, optimizer: str) -> Search:
-    return search(runner, scale.settings(optimizer), scale.space(optimizer), scale.first, scale.tuning)
+def searches(runner: Runner, scale: Scale) -> dict[str, Tuned]:
+    found = together([partial(tune, runner, scale, name) for name in scale.axes])
+    return dict(zip(scale.axes, found, strict=True))
 
 
-def best_settings(scale: Scale, optimizer: str, found: Search) -> dict[str, Any]:
-    return scale.settings(optimizer) | found.space.values(found.best)
+def groups(runner: Runner, scale: Scale) -> Groups:
+    searches(runner, scale)  # all at once, to keep every job busy
+    best = {name: tuned(runner, scale, name) for name in scale.optimizers}
+    wanted = {LABELS[name]: settings for name, settings in best.items()}
+    for factor, names in scale.lengths.items():
+        for name in names:
+            wanted[label(name, factor)] = with_length(runner, scale, best[name], factor)
+    return run_groups(runner, {name: settings | scale.final for name, settings in wanted.items()}, scale.seeds)
 
 
-def summary(group: list[Result], goal: float) -> dict[str, Any]:
-    """Of runs that differ in their seed: losses, the steps to the loss `goal`, time, clipping, and the mean curve."""
-    losses = [result.loss for result in group]
-    alive = [result for result in group if math.isfinite(result.loss)]
-    steps = [first_x_at(goal, *np.array(result.curve).T) for result in alive]
-    last = [result.last for result in alive]
-    curves = np.array([result.curve for result in alive])
-    return {
-        "losses": losses,
-        "mean": fmean(losses),
-        "sd": stdev(losses) if len(alive) == len(losses) > 1 else None,
-        "diverged": len(losses) - len(alive),
-        "steps_to_adamws_loss": steps,
-        "seconds": [row["seconds"] for row in last],
-        "clip_rate": fmean([row["clip_rate"] for row in last] or [math.nan]),
-        "unclipped_fraction": [row["win_rate"] for row in last if "win_rate" in row],
-        "curve": curves.mean(axis=0).round(4).tolist() if alive else [],
-    }
+def label(optimizer: str, factor: float) -> str:
+    """The label of runs with so many times the steps of the scale."""
+    return LABELS[optimizer] + ("" if factor == 1 else f", {factor:g} N")
 
 
-def markdown(table: dict[str, Any]) -> str:
-    tuned = [
-        [
-            LABELS[name],
-            len(found["runs"]),
-            given(found["best"]),
-            f"{found['best_loss']:.3f}",
-            past_the_edge(found) or "no edge",
-            len(found["untried_neighbours_of_the_best"]),
-            sum(not math.isfinite(run["loss"]) for run in found["runs"]),
-        ]
-        for name, found in table["search"].items()
+def with_length(runner: Runner, scale: Scale, best: Settings, factor: float) -> Settings:
+    """The settings with so many times the steps; with more of them at the best of some learning rates."""
+    changed = best | {"max_iters": round(factor * best["max_iters"])}
+    if factor < 2 or not scale.axes:
+        return changed
+    rates = {f"{rate:g}": changed | {"learning_rate": rate * best["learning_rate"]} for rate in RATE_FACTORS}
+    tried = run_groups(runner, rates, scale.budget.seeds[:1])
+    return rates[best_of(tried, rates)]
+
+
+def claims(groups: Groups) -> list[Claim]:
+    final = {name: losses(group) for name, group in groups.items()}
+    adamw, twice = final["AdamW"], final["AdamW, 2 N"]
+    tolerance = (adamw - twice).mean() / 10
+    found = []
+    for name in ("Sophia-G", "Sophia-H"):
+        text = f"{name} needs half of AdamW's steps: its loss at N less AdamW's at 2 N"
+        found.append(Claim(f"half {name}", text, final[name] - twice, confirmed_below=tolerance))
+        text = f"{name} ends below AdamW: its loss less AdamW's, both at "
+        found.append(Claim(f"better {name}", f"{text}N", final[name] - adamw))
+        found.append(Claim(f"better {name} 2", f"{text}2 N", final[f"{name}, 2 N"] - twice))
+    return [
+        *found,
+        Claim("better Muon", "Muon ends below AdamW: its loss less AdamW's, both at N", final["Muon"] - adamw),
     ]
-    finals = [
-        [
-            NAMES[name],
-            ", ".join(f"{loss:.3f}" for loss in found["losses"]),
-            f"{found['mean']:.3f}",
-            "" if found["sd"] is None else f"{found['sd']:.3f}",
-            ", ".join("never" if steps is None else f"{steps:.0f}" for steps in found["steps_to_adamws_loss"]),
-            f"{fmean(found['seconds'] or [math.nan]):.0f}",
-            f"{found['clip_rate']:.0%}",
-            ", ".join(f"{share:.2f}" for share in found["unclipped_fraction"]),
-            found["diverged"],
+
+
+def markdown(groups: Groups) -> str:
+    return f"{table(groups)}\n\n{speedups(groups)}"
+
+
+def speedups(groups: Groups) -> str:
+    """How many steps AdamW needs for each optimizer's loss, over that optimizer's; read off the lines between AdamW's
+    ends of schedules, seed by seed.
+    """
+    curve = sorted((group[0].settings["max_iters"], name) for name, group in groups.items() if name.startswith("AdamW"))
+    steps = np.array([count for count, _ in curve])
+    ends = np.array([losses(groups[name]) for _, name in curve])  # (schedules, seeds)
+    rows = []
+    for name, group in groups.items():
+        own = group[0].settings["max_iters"]
+        if name.startswith("AdamW") or own != groups["AdamW"][0].settings["max_iters"]:
+            continue
+        ratios = [
+            np.interp(-result.loss, -ends[:, seed], steps / own, left=0, right=np.inf)
+            for seed, result in enumerate(group)
         ]
-        for name, found in table["final"].items()
-    ]
-    hashes = [[LABELS[name], *found.values()] for name, found in table["fingerprints"].items() if name in LABELS]
-    return "\n\n".join(
-        (
-            markdown_table(
-                "tuning | runs | best | its loss | a step past the edge | neighbours not tried | diverged", tuned
-            ),
-            markdown_table(
-                "final runs | losses of the seeds | mean | sd | steps to AdamW's mean | seconds | "
-                "clipped steps | unclipped fraction | diverged",
-                finals,
-            ),
-            markdown_table("first seed's hash of | batches | initial weights | validation blocks", hashes),
+        rows.append([name, ", ".join(in_words(ratio, steps / own) for ratio in ratios)])
+    return markdown_table("effective speed-up over AdamW | of each seed", rows)
+
+
+def in_words(ratio: float, known: np.ndarray) -> str:
+    if ratio == 0:
+        return f"below {known[0]:.2f}"
+    return f"{ratio:.2f}" if np.isfinite(ratio) else f"above {known[-1]:.2f}"
+
+
+def search_table(found: dict[str, Tuned]) -> str:
+    rows = []
+    for name, search in found.items():
+        best, fresh = search.settings, losses(search.finalists[search.best])
+        untried = [near for near in search.space.neighbours(search.best) if near not in search.tried]
+        inside = all(
+            0 <= place < len(axis) for place, axis in zip(search.best, search.space.axes.values(), strict=True)
         )
+        others = [f"{losses(runs).mean():.4f}" for point, runs in search.finalists.items() if point != search.best]
+        rows.append([
+            LABELS[name], len(search.tried), sum(not np.isfinite(run.loss) for run in search.tried.values()),
+            ", ".join(f"{setting} {value:g}" for setting, value in best.items()),
+            "in the first grid" if inside else "past its edge", len(untried),
+            f"{search.tried[search.best].loss:.4f}", f"{fresh.mean():.4f}", ", ".join(others),
+        ])  # fmt: skip
+    return markdown_table(
+        "tuning | runs | diverged | best | where | neighbours not tried | its loss | fresh seeds | the next two",
+        rows,
     )
 
 
-def past_the_edge(found: dict[str, Any]) -> str:
-    best = found["best"]
-    steps = [(name, run) for run in found["past_the_edge"] for name in best if run[name] != best[name]]
-    return ", ".join(f"{name} {run[name]:g}: {run['loss']:.3f}" for name, run in steps)
-
-
-def figure(table: dict[str, Any]) -> Figure:
+def figure(groups: Groups) -> Figure:
     drawing = Figure(figsize=(8, 5), layout="constrained")
     axes = drawing.subplots()
-    for number, (name, found) in enumerate(table["final"].items()):
-        if not found["curve"]:
-            continue
-        steps, losses = zip(*found["curve"][1:], strict=True)
-        axes.plot(steps, losses, color=COLORS[number], marker=MARKERS[number], markevery=0.1, label=NAMES[name])
-    ends = [found["mean"] for found in table["final"].values() if math.isfinite(found["mean"])]
-    axes.set_ylim(min(ends) - 0.05, max(ends) + 0.8)
+    drawn = [name for name in groups if not name.startswith("AdamW, ") or name.endswith("2 N")]
+    for number, name in enumerate(drawn):
+        curves = np.array([result.curve[1:] for result in groups[name]])  # (seeds, points, 2)
+        draw_band(axes, number, name, curves[0, :, 0], curves[:, :, 1])
+    ends = [losses(groups[name]).mean() for name in drawn]
+    axes.set_ylim(min(ends) - 0.03, max(ends) + 0.5)
     axes.set_xlabel("steps")
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)

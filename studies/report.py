@@ -1,48 +1,77 @@
-"""results/REPORT.md: the text in studies/report.md, with the numbers of the tables filled in.
+"""results/REPORT.md: the text in studies/report.md with the figures filled in, made of the runs that have ended.
 
-A section of the text that begins with `<!-- STUDY … -->` is filled in from results/STUDY/table.json of these studies;
-while one of them is not there yet, it says how many of the study's runs have ended.
+A section with `<!-- STUDY … -->` is filled in when all runs of these studies have ended; until then it says how many
+have. In it {table} is the first study's table and {claims} that of its claims. {loss[STUDY][LABEL]} is a mean loss,
+{difference[CLAIM]} and {verdict[CLAIM]} are a claim's. SCALE/losses is a study at another scale.
 """
 
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from run.files import read_json
+from studies import losses, toy
+from studies.claims import Claim, in_words, verdicts
+from studies.groups import markdown_table, table
+from studies.runs import Ledger, Plan
+from studies.scales import SCALES, Scale
 
 TEMPLATE = Path(__file__).parent / "report.md"
 
 
-def report(results: Path, markdown: dict[str, Callable[[dict], str]], progress: Callable[[str], str]) -> str:
-    """The text of the report. `markdown` makes Markdown of a study's table, `progress` tells of one without a table.
-
-    In a section, {table} is the first study's table in Markdown, and {STUDY[…]} a figure of a study's table.json, in
-    the notation of str.format.
-    """
+def text(studies: dict[str, Any], results: Path) -> str:
+    known = {name: Known(study, Ledger(results / "runs.jsonl"), SCALES["laptop"]) for name, study in studies.items()}
+    for scale in ("short", "quickstart"):
+        known[f"{scale}/losses"] = Known(losses, Ledger(results / scale / "runs.jsonl"), SCALES[scale])
+    claims = [claim for name, study in known.items() if "/" not in name for claim in study.claims]
+    values = {
+        "difference": {claim.name: in_words(claim) for claim in claims},
+        "verdict": verdicts(claims),
+        "loss": {name: study.means() for name, study in known.items() if study.ended},
+        "toy": toy.markdown(),
+    }
     sections = re.split(r"^(?=## )", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return "".join(filled(section, results, markdown, progress) for section in sections)
+    return "".join(filled(section, known, values) for section in sections)
 
 
-def filled(section: str, results: Path, markdown: dict[str, Callable[[dict], str]], progress: Callable) -> str:
+class Known:
+    """A study with those of its runs that have ended."""
+
+    def __init__(self, study: Any, ledger: Ledger, scale: Scale):
+        self.study, self.scale, self.plan = study, scale, Plan(ledger)
+        self.groups = study.groups(self.plan, scale)
+        self.wanted, self.missing = len(self.plan.wanted), len(self.plan.missing)
+        self.ended = not self.missing
+        self.claims = study.claims(self.groups) if self.ended and scale.axes else []
+
+    def means(self) -> dict[str, str]:
+        return {label: f"{losses.losses(group).mean():.3f}" for label, group in self.groups.items()}
+
+    def markdown(self) -> str:
+        parts = [getattr(self.study, "markdown", table)(self.groups)]
+        if self.study is losses and self.scale.axes:
+            parts.insert(0, losses.search_table(losses.searches(self.plan, self.scale)))
+        return "\n\n".join(parts)
+
+
+def filled(section: str, known: dict[str, Known], values: dict[str, Any]) -> str:
     match = re.search(r"^<!-- (.+) -->\n", section, flags=re.MULTILINE)
     if not match:
         return section
-    folders, heading = match[1].split(), section[: match.start()]
-    paths = {folder: results / folder / "table.json" for folder in folders}
-    if missing := [folder for folder, path in paths.items() if not path.exists()]:
-        return f"{heading}{progress(missing[0])}\n\n"
-    tables = {folder: read_json(path) for folder, path in paths.items()}
-    first = markdown[Path(folders[0]).name](tables[folders[0]])
-    return heading + section[match.end() :].format(table=first, **tables)
+    studies, heading = [known[name] for name in match[1].split()], section[: match.start()]
+    for study in studies:
+        if not study.ended:
+            return f"{heading}Not done yet: {study.wanted - study.missing} of {study.wanted} runs have ended.\n\n"
+    claims = claims_table(studies[0].claims, values["verdict"])
+    return heading + section[match.end() :].format(table=studies[0].markdown(), claims=claims, **values)
 
 
-def markdown_table(header: str, rows: Iterable[list[Any]]) -> str:
-    """`header` has the columns' names, with | between them."""
-    columns = header.count("|") + 1
-    lines = [header, " | ".join(["---"] * columns), *(" | ".join(map(str, row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def given(settings: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+def claims_table(claims: list[Claim], words: dict[str, str]) -> str:
+    rows = [
+        [
+            claim.text, len(claim.difference), in_words(claim), f"{claim.confirmed_below:+.4f}",
+            f"{claim.refuted_above:+.4f}", words[claim.name],
+        ]
+        for claim in claims
+    ]  # fmt: skip
+    header = "claim | seeds | mean difference (95 % interval) | confirmed below | refuted above | answer"
+    return markdown_table(header, rows)

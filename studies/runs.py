@@ -166,7 +166,7 @@ class Plan:
 
 def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """What the tasks return, each run in a thread, so that the runs that they wait for share the runner's jobs."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
+    with ThreadPoolExecutor(max(1, len(tasks))) as pool:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 

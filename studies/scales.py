@@ -14,6 +14,7 @@ LABELS = {
     "lion": "Lion",
     "signum": "Signum",
     "sophiag": "Sophia-G",
+    "sophiag_paper": "Sophia-G, paper's estimator",
     "sophiah": "Sophia-H",
 }
 
@@ -22,17 +23,29 @@ LABELS = {
 class Scale:
     base: Settings  # of every run
     optimizers: dict[str, Settings]  # besides the base, by LABELS' keys
-    axes: dict[str, Axes]  # of the searches
+    axes: dict[str, Axes]  # of the searches; without one an optimizer's settings are tuned already
+    lengths: dict[float, tuple[str, ...]]  # besides the scale's own: times its steps, and the optimizers
+    final: Settings = field(default_factory=dict)  # besides the tuned settings, in the final runs
     budget: Budget = field(default_factory=Budget)  # of a search
-    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # of final runs, which no search has seen
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # of the final runs, which no search has seen
 
     def settings(self, optimizer: str) -> Settings:
         return self.base | self.optimizers[optimizer]
 
 
-SHAPE = "dataset n_layer n_head n_embd block_size batch_size micro_batch_size eval_sequences compile".split()
+LENGTHS = {0.5: ("adamw",), 1.5: ("adamw",), 2: ("adamw", "sophiag", "sophiah")}
+TWICE = {2: ("adamw",)}
+
+SHAPE = "dataset n_layer n_head n_embd block_size batch_size micro_batch_size compile".split()
 QUICKSTART: Settings = {name: read_config(ROOT / "config" / "quickstart.py")[name] for name in SHAPE} | {
-    "max_iters": 500, "warmup_iters": 50, "eval_interval": 50, "device": "cpu", "dtype": "float32",
+    "max_iters": 1000, "warmup_iters": 50, "eval_interval": 50, "eval_sequences": 512, "device": "cpu",
+    "dtype": "float32",
+}  # fmt: skip
+SHORT: Settings = {
+    "dataset": "books",
+    "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 1600, "micro_batch_size": 100,
+    "max_iters": 240, "warmup_iters": 24, "eval_interval": 10, "eval_sequences": 1024, "device": "cpu",
+    "dtype": "float32", "compile": False,
 }  # fmt: skip
 LAPTOP: Settings = {
     "dataset": "books_bytes",
@@ -93,12 +106,43 @@ SCALES = {
         LAPTOP,
         optimizers(quarter=8, group=1),
         axes(doubled(2e-3, 6.4e-2), doubled(2.5e-4, 4e-3), doubled(2.5e-4, 8e-3)),
+        LENGTHS,
+        final={"eval_interval": 500},
     ),
     "gpu": Scale(
         GPU,
         optimizers(quarter=8, group=4),
         axes(doubled(5e-4, 8e-3), doubled(1.25e-4, 1e-3), doubled(2.5e-4, 2e-3)),
-        Budget(spread=6, least=12),
+        LENGTHS,
+        budget=Budget(spread=6, least=12),
         seeds=(11, 12, 13),
     ),
-}
+    # two scales with runs too short for h to fill up; found by 24 and by 8 runs each on a lattice of factors of two
+    "short": Scale(
+        SHORT,
+        {
+            "adamw": {"optimizer": "adamw", "learning_rate": 8e-3, "beta1": 0.8, "beta2": 0.8},
+            "lion": {"optimizer": "lion", "learning_rate": 2e-3, "beta1": 0.6, "beta2": 0.99},
+            "sophiag_paper": {"optimizer": "sophiag", "hessian_estimator": "paper", "hessian_batch_size": 800,
+                              "learning_rate": 0.016, "rho": 0.025, "beta1": 0.6},
+            "sophiag": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_batch_size": 108,
+                        "learning_rate": 2e-3, "rho": 0.1, "beta1": 0.6},
+            "sophiah": {"optimizer": "sophiah", "hessian_batch_size": 108, "learning_rate": 2e-3, "rho": 0.04,
+                        "beta1": 0.6},
+        },
+        {},
+        TWICE,
+        seeds=(1, 2, 3),
+    ),
+    "quickstart": Scale(
+        QUICKSTART,
+        {
+            "adamw": {"optimizer": "adamw", "learning_rate": 4e-3, "beta1": 0.8, "beta2": 0.95},
+            "sophiag": {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_batch_size": 16,
+                        "learning_rate": 1e-3, "rho": 0.1, "beta1": 0.8},
+        },
+        {},
+        TWICE,
+        seeds=(1,),
+    ),
+}  # fmt: skip

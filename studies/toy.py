@@ -8,7 +8,6 @@ Sophia's clipped Newton steps arrive. Curvature is the exact Hessian diagonal he
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from lion import Lion
 from sophia import SophiaH
-from studies.report import markdown_table
-from studies.runs import Runner
-from studies.scales import Scale
+from studies.groups import markdown_table
 
 START = (0.2, 0.0)
 MINIMUM = (1.0, 4.0)
@@ -70,26 +67,17 @@ def walk(name: str, steps: int = STEPS) -> Tensor:
     return torch.stack(points)
 
 
-def study(runner: Runner, scale: Scale) -> dict[str, Any]:
-    """Where each optimizer ends, and its distance from the minimum. The scale and the runner do not matter."""
-    walks = {name: walk(name) for name in OPTIMIZERS}
-    minimum = torch.tensor(MINIMUM)
-    return {
-        "steps": STEPS,
-        "ends": {name: points[-1].tolist() for name, points in walks.items()},
-        "distances": {name: (points[-1] - minimum).norm().item() for name, points in walks.items()},
-    }
+def markdown() -> str:
+    """Where each optimizer ends, and its distance from the minimum."""
+    rows = []
+    for name in OPTIMIZERS:
+        end = walk(name)[-1]
+        distance = (end - torch.tensor(MINIMUM)).norm().item()
+        rows.append([name, f"({end[0]:.3f}, {end[1]:.3f})", f"{distance:.3f}"])
+    return markdown_table(f"optimizer | after {STEPS} steps | distance from the minimum, (1, 4)", rows)
 
 
-def markdown(table: dict[str, Any]) -> str:
-    rows = [
-        [name, f"({end[0]:.3f}, {end[1]:.3f})", f"{table['distances'][name]:.3f}"]
-        for name, end in table["ends"].items()
-    ]
-    return markdown_table(f"optimizer | after {table['steps']} steps | distance from the minimum, (1, 4)", rows)
-
-
-def figure(table: dict[str, Any]) -> Figure:
+def figure() -> Figure:
     drawing = Figure(figsize=(7, 6), layout="constrained")
     axes = drawing.subplots()
     one, two = torch.meshgrid(torch.linspace(-0.9, 1.5, 200), torch.linspace(-0.5, 5, 200), indexing="xy")

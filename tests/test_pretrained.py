@@ -20,6 +20,7 @@ import pretrained
 import sample
 import train as train_script
 from model import GPT, GPTConfig
+from records.curves import read_curves
 from records.loading import load_model
 from run.files import write_json
 from run.settings import ROOT
@@ -252,6 +253,14 @@ def test_one_command_starts_from_weights_and_goes_on_with_its_own_run_alone(trai
         refuses("holds a run already", out_dir=tmp_path / "run", init_from=source, max_iters=9)
     train(tmp_path / "other", max_iters=1)
     refuses("holds a run already", out_dir=tmp_path / "other", init_from=tmp_path / "a.pt", max_iters=2)
+
+
+def test_a_run_from_weights_is_no_seed_of_one_from_scratch(train, tmp_path):
+    path = nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY))
+    for seed, source in enumerate(("scratch", "auto", path)):
+        train(tmp_path / str(seed), init_from=source, seed=seed, exact_gelu=True, max_iters=1)
+    train(tmp_path / "1", init_from="resume", seed=1, exact_gelu=True, max_iters=1)
+    assert [len(curve.runs) for curve in read_curves([tmp_path / str(seed) for seed in range(3)])] == [2, 1]
 
 
 class Malicious:

@@ -28,7 +28,7 @@ Tasks = dict[str, list]  # by the task's name the harness's tasks, one for each 
 
 def main() -> None:
     parser = errors.Parser(__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run folder, GPT-2 weights' folder or hub name")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, GPT-2 weights' folder or hub name")
     parser.add_argument("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
     parser.add_argument(
         "--shots", type=errors.between(0), default=2, help="solved examples shown (default %(default)s)"

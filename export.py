@@ -1,6 +1,7 @@
-"""Write a run's newest checkpoint as a Hugging Face GPT-2, with its tokenizer and a model card.
+"""Write a run's checkpoint as a Hugging Face GPT-2, with its tokenizer and a model card.
 
-python export.py --out_dir=out/gpt2_small_sophiag --to=my_gpt2
+python export.py --out_dir=out/gpt2_small_sophiag --to=my_gpt2                                  the newest
+python export.py --out_dir=out/gpt2_small_sophiag/checkpoints/step_00090000 --to=my_gpt2        another one
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from model import GPT
 from pretrained import write_hugging_face
-from records import checkpoints, curves
+from records import checkpoints, curves, metrics
 from run import errors
 from run.files import write_json
 from run.settings import Settings
@@ -25,17 +26,15 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, {optimizer}]
 ---
-# {name}
+# {wandb_run_name}
 
-A GPT-2 with {parameters:,} parameters, pretrained on {tokens:,} tokens of `{dataset}` with `{optimizer}`.
+A GPT-2 with {parameters:,} parameters, trained from `{init_from}` on {tokens:,} tokens of `{dataset}` with {optimizer}.
 
 ## Losses
 
 | nats per token | |
 | --- | --- |
 {losses}
-
-![Loss curves](curves.png)
 
 ## Training
 
@@ -51,19 +50,21 @@ A GPT-2 with {parameters:,} parameters, pretrained on {tokens:,} tokens of `{dat
 
 def main() -> None:
     parser = errors.Parser(__doc__)
-    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="folder of the run (default %(default)s)")
+    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="run or checkpoint (default %(default)s)")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder to write")
     options = parser.parse_args()
 
-    checkpoint = checkpoints.newest(options.out_dir)
+    checkpoint = checkpoints.find(options.out_dir)
     model, tokenizer = GPT(checkpoint.config), TOKENIZERS[checkpoint.tokenizer]
     checkpoint.load_model(model)
     files = tokenizer_files(tokenizer, model.config.block_size)
-    (curve,) = curves.read_curves([options.out_dir])
-    card = model_card(checkpoint, curve.runs[0], sum(p.numel() for p in model.parameters()))
+    run = checkpoint.folder.parent.parent
+    curve = curves.read_curves([run])[0] if (run / metrics.FILE).is_file() else None
+    card = model_card(checkpoint, curve.runs[0] if curve else {}, sum(p.numel() for p in model.parameters()))
     try:
         options.to.mkdir(parents=True)
-        curves.picture([curve]).savefig(options.to / "curves.png", dpi=200)
+        if curve:
+            curves.picture([curve]).savefig(options.to / "curves.png", dpi=200)
         (options.to / "README.md").write_text(card, encoding="utf-8")
         for name, content in files.items():
             write_json(options.to / name, content)
@@ -74,21 +75,19 @@ def main() -> None:
 
 
 def model_card(checkpoint: checkpoints.Checkpoint, rows: dict[int, dict[str, Any]], parameters: int) -> str:
-    """README.md: what the checkpoint is; `rows` are its run's metrics by step."""
+    """README.md: what the checkpoint is; `rows` are its run's metrics by step, or none."""
     progress, defaults = checkpoint.progress, dataclasses.asdict(Settings())
     settings = checkpoint.settings | {"init_from": progress.started_from}
-    losses = {}
+    losses = {} if rows else {"val/loss of the last evaluation": f"{progress.val_loss:.4f}"}
     for key in ("train/loss", "val/loss"):
         if steps := [step for step, row in rows.items() if key in row and step <= progress.step]:
             losses[f"{key} at step {steps[-1]}"] = f"{rows[steps[-1]][key]:.4f}"
     command = [f"--{name}={value}" for name, value in settings.items() if value != defaults.get(name)]
     return CARD.format(
-        name=settings["wandb_run_name"],
-        optimizer=settings["optimizer"],
-        dataset=settings["dataset"],
+        **{name: settings[name] for name in ("wandb_run_name", "optimizer", "dataset", "init_from")},
         parameters=parameters,
         tokens=progress.step * settings["batch_size"] * settings["block_size"],
-        losses=table(losses),
+        losses=table(losses) + ("\n\n![Loss curves](curves.png)" if rows else ""),
         command=shlex.join(["python", "train.py", *command]),
         settings=table(settings),
     )

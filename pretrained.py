@@ -3,6 +3,7 @@ code released with Sophia, read. Nothing in a file is executed.
 """
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json, write_json
+from tokens.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
 }  # fmt: skip
 ACTIVATIONS = {"gelu_new": False, "gelu": True}  # exact_gelu by activation_function
+LANDMARKS = {"bytes": ("a", 97), "gpt2": ("Ġthe", 262)}  # an entry of tokenizer.json that other vocabularies lack
 
 
 class BadWeights(UserError, ValueError):
@@ -27,21 +30,47 @@ class BadWeights(UserError, ValueError):
 
 
 def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GPT:
-    """A float32 model on the CPU with the weights of `source`: a name on the hub (`gpt2*`), which is downloaded, a
-    folder with config.json and model.safetensors, or a ckpt.pt file. A smaller `block_size` drops the later positions.
-    Raises BadWeights.
+    """A float32 model on the CPU with the weights of `source`: a folder with config.json and model.safetensors (or an
+    index of several files), a .safetensors file beside its config.json, a ckpt.pt file, or a name on the hub, which is
+    downloaded. A smaller `block_size` drops the later positions. Raises BadWeights.
     """
-    if os.path.isfile(source):
-        read = read_nanogpt
-    elif os.path.isdir(source) or source.startswith("gpt2"):
-        read = read_hugging_face
-    else:
-        places = "a hub name 'gpt2*', a folder or a ckpt.pt file (or, to train, 'scratch', 'resume' or 'auto')"
-        raise BadWeights(f"init_from = {source!r}: must be {places}")
+    path = local(source)
+    read = read_nanogpt if path.is_file() and path.suffix != ".safetensors" else read_hugging_face
     try:
-        return make_model(*read(Path(source)), block_size, dropout)
+        return make_model(*read(path), block_size, dropout)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadWeights(f"{source!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def load_with_tokenizer(source: str, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """The model as `load` gives it and its tokenizer, by the entries of tokenizer.json, or without one by its size.
+    Raises BadWeights, also for another tokenizer than the project's.
+    """
+    path = local(source)
+    model = load(str(path), block_size, dropout)
+    vocab_size, file = model.config.vocab_size, (path.parent if path.is_file() else path) / "tokenizer.json"
+    try:
+        entries = json.loads(file.read_bytes())["model"]["vocab"].items() if file.is_file() else LANDMARKS.values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BadWeights(f"{file} is damaged, or no tokenizer of byte pairs") from None
+    for name, tokenizer in TOKENIZERS.items():
+        if fits(tokenizer, vocab_size) and LANDMARKS[name] in entries:
+            return model, tokenizer
+    raise BadWeights(f"{source} has a vocabulary of {vocab_size} tokens that is unknown here: must be {KNOWN}")
+
+
+def local(source: str) -> Path:
+    """Where the weights are on this machine; those on the hub are downloaded. Raises BadWeights."""
+    if os.path.isfile(source) or os.path.isdir(source):  # which, unlike pathlib's, are False for a name that cannot be
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors*"]))
+    except Exception as error:  # of many kinds, the network's among them
+        places = "a folder, a ckpt.pt file or a hub name (or, to train, 'scratch', 'resume' or 'auto')"
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise BadWeights(f"init_from = {source!r}: must be {places}; the hub did not give it ({why})") from None
 
 
 def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -52,23 +81,31 @@ def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         shape = {name: int(value) for name, value in checkpoint["model_args"].items()}
         weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in checkpoint["model"].items()}
     except Exception:  # the wrong bytes can break torch.load anywhere, and its advice is to trust the file
-        raise ValueError(
+        why = (
             "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers (nothing in it was run)"
-        ) from None
+        )
+        raise ValueError(f"{why}; of a pytorch_model.bin name the folder") from None
     # Sophia's code, which knows of scaled attention, has GPT-2's GELU
     return shape | {"exact_gelu": "scale_attn_by_inverse_layer_idx" not in shape}, weights
 
 
-def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape, as GPTConfig's arguments, and the weights by name; ValueError or OSError where they are no GPT-2's."""
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"]))
+def read_hugging_face(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The shape, as GPTConfig's arguments, and the weights by name, of a folder or of a .safetensors file in one;
+    ValueError or OSError where they are no GPT-2's.
+    """
+    folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["model.safetensors"])
+    weights: dict[str, Tensor] = {}
     try:
         config = read_json(folder / (name := "config.json"))
-        weights = load_file(folder / (name := "model.safetensors"))
-    except (ValueError, SafetensorError) as error:
+        index = folder / (name := "model.safetensors.index.json")
+        if index.exists() and not (folder / names[0]).exists():
+            names = sorted({*read_json(index)["weight_map"].values()})
+        for name in names:
+            weights |= load_file(folder / name)
+    except FileNotFoundError:
+        how = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise ValueError(f"{name} is missing: of a .bin file {how} makes it, of a run export.py") from None
+    except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{name} is damaged: {error}") from None
     if config.get("model_type") != "gpt2":
         raise ValueError(f"config.json tells of model_type = {config.get('model_type')!r}, not 'gpt2'")
@@ -133,7 +170,8 @@ def write_hugging_face(model: GPT, folder: Path, vocab_size: int, end_of_text: i
     config |= {
         "activation_function": "gelu" if model.config.exact_gelu else "gelu_new",
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32",
-        "vocab_size": len(weights["transformer.wte.weight"]), "n_positions": shape["block_size"],
+        "vocab_size": len(weights["transformer.wte.weight"]),
+        "n_positions": shape["block_size"], "n_ctx": shape["block_size"],  # an old name, which llama.cpp reads
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
     }  # fmt: skip
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -28,8 +28,8 @@ RULE = "\n" + "-" * 40  # between texts
 def main() -> None:
     parser = errors.Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
-    source.add_argument("--init_from", help="other weights: 'gpt2*', a folder that export.py wrote, a ckpt.pt file")
+    source.add_argument("--out_dir", default="out", help="folder of a run (its newest checkpoint) or of a checkpoint")
+    source.add_argument("--init_from", help="other weights: a hub name, a folder that export.py wrote, a ckpt.pt file")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")

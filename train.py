@@ -27,7 +27,7 @@ from training.curvature import Curvature
 from training.meter import Meter, StepResult
 from training.optimizers import betas, learning_rate, make_optimizer, parameters
 from training.parallel import DataParallel
-from training.start import check_same_job, describe, make_model, resume, started_from
+from training.start import as_used, check_same_job, describe, make_model, resume
 
 
 def update(
@@ -115,9 +115,10 @@ def train(
     checkpoint = machine.ranks.broadcast_object(checkpoint)
     torch.manual_seed(settings.seed)
     model = make_model(settings, data, machine, checkpoint)
+    settings = as_used(settings, model, checkpoint)
     parallel = DataParallel(model, machine)
     optimizer = make_optimizer(model, settings, machine)
-    progress = resume(checkpoint, model, optimizer, machine) if checkpoint else Progress(started_from(settings))
+    progress = resume(checkpoint, model, optimizer, machine) if checkpoint else Progress(settings.init_from)
     batches = Batches(data, settings, machine)
     curvature = Curvature(model, settings, machine, batches)
 
@@ -129,7 +130,7 @@ def train(
         machine.note(f"the run in {folder.path} is complete; a larger max_iters would continue it")
         return
     if machine.ranks.is_main:
-        folder.begin(checkpoint)
+        folder.begin(checkpoint, settings)
     with (
         Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
         CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,

@@ -101,6 +101,11 @@ def last_good(out_dir: Path) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
+def find(folder: Path) -> Checkpoint:
+    """The checkpoint whose folder it is, or the newest one of the run whose folder it is; UserError for any other."""
+    return read(folder.resolve()) if (folder / "state.json").is_file() else newest(folder)
+
+
 def newest(out_dir: Path) -> Checkpoint:
     """The newest checkpoint of a run that is as it was written, with a warning of newer ones that are not; UserError
     where there is none.
@@ -130,7 +135,8 @@ def read(folder: Path) -> Checkpoint:
         # It may come from a stranger: the model takes no more memory than the file is long.
         if 4 * 12 * config.n_layer * config.n_embd**2 > (folder / "model.safetensors").stat().st_size:
             raise ValueError("the weights are smaller than the model")
-        if progress.step != step_of(folder) or state["settings"]["optimizer"] not in STATE:
+        misnamed = STEP_FOLDER.fullmatch(folder.name) and progress.step != step_of(folder)
+        if misnamed or state["settings"]["optimizer"] not in STATE:
             raise ValueError("impossible values")
         return Checkpoint(folder, config, progress, state["settings"], state["tokenizer"], state["data"])
     except OSError as error:

@@ -23,7 +23,7 @@ STYLE = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.formatter.
 X_AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs"}
 PANELS = {"lr": "learning rate", "grad_norm": "gradient\nnorm", "clip_rate": "share of\nsteps clipped",
           "win_rate": "unclipped\nfraction"}  # fmt: skip
-NAMES = ("seed", "out_dir", "wandb_run_name", "init_from")  # settings in which the seeds of a configuration may differ
+NAMES = ("seed", "out_dir", "wandb_run_name")  # settings in which the seeds of a configuration may differ
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,16 @@ class RunFolder:
 
     def checkpoint_to_resume(self) -> checkpoints.Checkpoint | None:
         """What `init_from` asks for. Refuses a folder that holds another run, and writes nothing."""
-        if self.settings.init_from == "resume" or (self.settings.init_from == "auto" and self._found):
+        source = self.settings.init_from
+        if source == "resume" or (source == "auto" and self._found):
             return checkpoints.newest(self.path)
-        if self._found and not self.settings.eval_only:
-            raise UserError(
-                f"{self.path} holds a run already: go on with --init_from=resume, or take another --out_dir"
-            )
-        return None
+        if not self._found or self.settings.eval_only:
+            return None
+        if source != "scratch" and (checkpoint := checkpoints.newest(self.path)).progress.started_from == source:
+            return checkpoint  # the run that began with these weights
+        raise UserError(f"{self.path} holds a run already: go on with --init_from=resume, or take another --out_dir")
 
-    def begin(self, checkpoint: checkpoints.Checkpoint | None) -> None:
+    def begin(self, checkpoint: checkpoints.Checkpoint | None, settings: Settings) -> None:
         """Make the folder ready for the updates after `checkpoint`, or for those of a new run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class RunFolder:
             metrics.drop_rows_after(self.path / metrics.FILE, checkpoint.progress.step if checkpoint else -1)
             if checkpoint:
                 set_aside(self.path, checkpoint.progress.step)
-            write_json(self.path / "settings.json", dataclasses.asdict(self.settings))
+            write_json(self.path / "settings.json", dataclasses.asdict(settings))
         except filelock.Timeout:
             raise UserError(
                 f"another run is writing to {self.path}: stop it first, or choose another --out_dir"

@@ -41,7 +41,7 @@ class Settings:
     # input and output
     out_dir: str = setting("out", "folder for checkpoints, settings.json and metrics.jsonl")
     init_from: str = setting(
-        "scratch", "'scratch', 'resume', 'auto' (resume if it can), or weights: 'gpt2*', a folder or a ckpt.pt"
+        "scratch", "'scratch', 'resume', 'auto' (resume if it can), or weights: a hub name, a folder or a ckpt.pt"
     )
     dataset: str = setting("openwebtext", "name of a folder in data/, or a path with a slash in it")
     eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint")

@@ -355,7 +355,7 @@ def test_two_runs_do_not_write_to_one_folder(train, tmp_path):
     assert folder.checkpoint_to_resume() is None
     train(tmp_path / "new", max_iters=1)
     with folder, pytest.raises(errors.UserError, match="another run has written to"):
-        folder.begin(None)
+        folder.begin(None, folder.settings)
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, dataset):

@@ -4,23 +4,34 @@ import bz2
 import json
 import os
 import pickle
+import re
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import evaluate
 import export
 import pretrained
 import sample
+import train as train_script
 from model import GPT, GPTConfig
+from records.curves import read_curves
 from records.loading import load_model
+from run.files import write_json
 from run.settings import ROOT
-from tests.conftest import write_dataset
+from tests import conftest
+from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
+from tests.test_train import FakeWandb
 from tokens.hugging_face import tokenizer_files
 from tokens.tokenizers import TOKENIZERS
 
 SHAPES = {"30m": (6, 6), "small": (12, 12), "medium": (24, 16), "540m": (30, 18), "large": (36, 20)}  # layers, heads
-TINY = GPTConfig(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
+TINY = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
 
 
 def random_model(config):
@@ -37,9 +48,9 @@ def hugging_face(folder, kind="AutoModelForCausalLM"):
     return getattr(pytest.importorskip("transformers"), kind).from_pretrained(folder, local_files_only=True)
 
 
-def write(model, folder):
+def write(model, folder, vocab_size=257):
     folder.mkdir()
-    pretrained.write_hugging_face(model, folder, vocab_size=257, end_of_text=0)
+    pretrained.write_hugging_face(model, folder, vocab_size, end_of_text=0)
     return folder
 
 
@@ -70,6 +81,8 @@ def test_export_import_and_export_give_the_same_bytes(bias, tmp_path):
     write(model, tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors"]
+    shape = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert shape["n_ctx"] == shape["n_positions"] == 16  # llama.cpp reads the one, transformers the other
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
@@ -91,6 +104,42 @@ def test_damaged_weights_are_refused_in_one_line(damage, refused, call, tmp_path
     weights.write_bytes(damage(weights.read_bytes()))
     line = refused(lambda: call(sample, "--init_from", folder))
     assert "model.safetensors is damaged" in line
+
+
+def test_weights_in_several_files_and_in_a_file_that_is_named_are_read(refused, call, tmp_path):
+    theirs = hugging_face(write(random_model(TINY), tmp_path / "one"))
+    theirs.save_pretrained(tmp_path / "several", max_shard_size="10KB")
+    files = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 1
+    whole = GPT.from_pretrained(str(tmp_path / "one")).state_dict()
+    for source in (tmp_path / "several", tmp_path / "one" / "model.safetensors"):
+        read = GPT.from_pretrained(str(source)).state_dict()
+        assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
+    files[1].unlink()
+    assert f"{files[1].name} is missing" in refused(lambda: call(sample, "--init_from", tmp_path / "several"))
+    (tmp_path / "several" / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    assert "index.json is damaged" in refused(lambda: call(sample, "--init_from", tmp_path / "several"))
+
+
+def test_a_bin_file_is_refused_with_how_to_convert_it(refused, call, tmp_path):
+    folder = write(random_model(TINY), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    line = refused(lambda: call(sample, "--init_from", folder))
+    assert "model.safetensors is missing" in line
+    (how,) = re.findall(r"AutoModelForCausalLM\S+", line)
+    exec(f"import transformers; transformers.{how}")
+    call(sample, "--init_from", folder, "--max_new_tokens", 1)
+    assert "of a pytorch_model.bin name the folder" in refused(
+        lambda: call(sample, "--init_from", folder / "pytorch_model.bin")
+    )
+
+
+@pytest.mark.parametrize("name", ["distilgpt2", "openai-community/gpt2"])
+def test_any_name_is_asked_of_the_hub(name, tmp_path, monkeypatch):
+    folder = write(random_model(TINY), tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **_: {name: str(folder)}[asked])
+    assert GPT.from_pretrained(name).config == replace(TINY, bias=True)
 
 
 # nanoGPT
@@ -122,7 +171,7 @@ def test_a_checkpoint_of_nanogpt_gives_the_loss_it_had(bias, prefix, tmp_path):
     path = nanogpt_checkpoint(tmp_path / "ckpt.pt", model, prefix)
     loaded = GPT.from_pretrained(path)
     assert loaded.config == model.config
-    idx, targets = torch.randint(320, (2, 4, 16))
+    idx, targets = torch.randint(257, (2, 4, 16))
     assert loaded(idx, targets).item() == pytest.approx(model(idx, targets).item(), abs=1e-5)
     assert torch.equal(GPT.from_pretrained(path, block_size=8)(idx[:, :8]), loaded(idx[:, :8]))
 
@@ -133,7 +182,7 @@ def test_a_checkpoint_of_sophias_code_has_scaled_attention_and_masks(tmp_path):
     path = nanogpt_checkpoint(
         tmp_path / "ckpt.pt", model, model=masks, model_args={"scale_attn_by_inverse_layer_idx": True}
     )
-    loaded, idx = GPT.from_pretrained(path), torch.randint(320, (2, 16))
+    loaded, idx = GPT.from_pretrained(path), torch.randint(257, (2, 16))
     assert loaded.config == model.config
     assert torch.equal(loaded(idx), model(idx))
 
@@ -143,9 +192,75 @@ def test_training_starts_from_a_checkpoint_of_nanogpt(train, refuses, tmp_path):
     path = nanogpt_checkpoint(tmp_path / "ckpt.pt", model)
     assert train(tmp_path / "run", init_from=path, max_iters=2)[-1]["step"] == 2
     assert train(tmp_path / "run", init_from="resume", max_iters=3)[-1]["step"] == 3
-    write_dataset(tmp_path / "large", range(400), range(400), vocab_size=400)
-    refuses("has 320 tokens", init_from=path, dataset=tmp_path / "large")
+    write_dataset(tmp_path / "large", range(300), range(300), vocab_size=300)
+    refuses("has 257 tokens", init_from=path, dataset=tmp_path / "large")
     refuses("it has 16 positions, fewer than block_size 32", init_from=path, block_size=32)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights of a shape that neither TINY nor the defaults have."""
+    return nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(replace(TINY, n_layer=3, n_embd=8, bias=True, exact_gelu=True)))
+
+
+@pytest.fixture
+def configured(train, dataset, tmp_path, monkeypatch):
+    """configured(**settings) trains as `train` does, in tmp_path / "run", but with TINY settings from a config file."""
+
+    def run(**settings):
+        (tmp_path / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in conftest.TINY.items()))
+        settings = {"dataset": dataset, "out_dir": tmp_path / "run"} | settings
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.py"), *arguments(**settings)])
+        train_script.main()
+        return rows_of(settings["out_dir"])
+
+    return run
+
+
+def test_what_is_recorded_of_a_run_from_weights_is_what_was_used(
+    configured, weights, call, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    shape = {"n_layer": 3, "n_head": 2, "n_embd": 8, "bias": True, "exact_gelu": True}
+    for steps, source in enumerate((weights, "resume", "auto", weights), start=1):
+        configured(init_from=source, max_iters=steps, wandb_log=True)
+        recorded = json.loads((tmp_path / "run" / "settings.json").read_text())
+        state = json.loads((last_checkpoint(tmp_path / "run") / "state.json").read_text())
+        assert recorded.items() >= (shape | {"init_from": weights}).items()
+        assert state["settings"] == recorded
+        assert state["model"].items() >= shape.items()
+        assert wandb.runs[-1]["config"].items() >= recorded.items()
+    call(export, "--out_dir", tmp_path / "run", "--to", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"trained from `{weights}` on {4 * 8 * 16} tokens" in card
+    assert all(f"| {name} | {value} |" in card for name, value in shape.items())
+    for source in (weights, "resume"):
+        for options in ({"n_layer": 2}, {"bias": False}, {"n_layer": 12}):
+            line = refused(lambda: configured(init_from=source, max_iters=9, **options))  # noqa: B023
+            assert re.search(r"(n_layer|bias) = (2|12|False), but the weights .*ckpt.pt have (3|True)", line)
+    assert configured(init_from=weights, max_iters=5, n_layer=3, bias=True)[-1]["step"] == 5
+
+
+def test_one_command_starts_from_weights_and_goes_on_with_its_own_run_alone(train, refuses, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        nanogpt_checkpoint(tmp_path / name, random_model(TINY))
+    command = {"init_from": tmp_path / "a.pt", "optimizer": "sophiag", "eval_interval": 1, "lr_decay_iters": 6}
+    whole = train(tmp_path / "whole", **command, max_iters=6)
+    train(tmp_path / "run", **command, max_iters=3)
+    assert without_timings(train(tmp_path / "run", **command, max_iters=6)) == without_timings(whole)
+    assert same_weights(last_checkpoint(tmp_path / "run"), last_checkpoint(tmp_path / "whole"))
+    for source in (tmp_path / "b.pt", "scratch"):
+        refuses("holds a run already", out_dir=tmp_path / "run", init_from=source, max_iters=9)
+    train(tmp_path / "other", max_iters=1)
+    refuses("holds a run already", out_dir=tmp_path / "other", init_from=tmp_path / "a.pt", max_iters=2)
+
+
+def test_a_run_from_weights_is_no_seed_of_one_from_scratch(train, tmp_path):
+    path = nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY))
+    for seed, source in enumerate(("scratch", "auto", path)):
+        train(tmp_path / str(seed), init_from=source, seed=seed, exact_gelu=True, max_iters=1)
+    train(tmp_path / "1", init_from="resume", seed=1, exact_gelu=True, max_iters=1)
+    assert [len(curve.runs) for curve in read_curves([tmp_path / str(seed) for seed in range(3)])] == [2, 1]
 
 
 class Malicious:
@@ -169,7 +284,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(save, refused, call,
 
 @pytest.mark.parametrize("changes", [
     {"model": {"transformer.wte.weight": torch.zeros(3, 16)}}, {"model": {"transformer.ln_f.bias": torch.zeros(16)}},
-    {"model": {"lm_head.weight": torch.zeros(320, 16)}}, {"model": {"transformer.wpe.weight": 3}}, {"model": 3},
+    {"model": {"lm_head.weight": torch.zeros(257, 16)}}, {"model": {"transformer.wpe.weight": 3}}, {"model": 3},
     {"model": {"transformer.h.0.ln_1.weight": torch.zeros(0)}}, {"model": {3: torch.zeros(3)}},
     {"model_args": {"n_layer": 1}}, {"model_args": {"n_head": 0}}, {"model_args": {"n_embd": torch.zeros(2)}},
     {"model_args": {"bias": True}}, {"model_args": None},
@@ -195,7 +310,7 @@ def exported_tokenizer(tmp_path, vocabulary):
     def make(name):
         folder = write(GPT(TINY), tmp_path / name)
         for file, content in tokenizer_files(TOKENIZERS[name], 16).items():
-            (folder / file).write_text(json.dumps(content))
+            write_json(folder / file, content)
         return hugging_face(folder, "AutoTokenizer")
 
     return make
@@ -255,10 +370,72 @@ def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     assert "File exists" in refused(lambda: call(export, "--out_dir", tmp_path / "run", "--to", folder))
 
 
+@pytest.mark.parametrize(("vocab_size", "token"), [(50257, None), (50304, None), (50257, "the"), (257, "b")])
+def test_weights_of_another_vocabulary_than_the_data_sets_are_refused(vocab_size, token, refuses, tmp_path):
+    """GPT-2's by its size, padded or not; another one of GPT-2's size or of the bytes' by its entries."""
+    model = GPT(replace(TINY, vocab_size=vocab_size))
+    source = write(model, tmp_path / "model", vocab_size)
+    complaint = f"has {vocab_size} tokens of gpt2, but the data set"
+    if token:
+        (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: 97, "a": 262}}}))
+        complaint = f"has a vocabulary of {vocab_size} tokens that is unknown here: must be bytes with 256 or gpt2 with"
+    refuses(complaint, init_from=source)
+    if not token:
+        refuses(complaint, init_from=nanogpt_checkpoint(tmp_path / "ckpt.pt", model))
+    (source / "tokenizer.json").write_text('{"model": []}')
+    refuses("tokenizer.json is damaged", init_from=source)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_exported_folder_tells_its_tokenizer(name, vocabulary, tmp_path):
+    size = TOKENIZERS[name].vocab_size
+    folder = write(GPT(replace(TINY, vocab_size=size)), tmp_path / "model", size)
+    for file, content in tokenizer_files(TOKENIZERS[name], 16).items():
+        write_json(folder / file, content)
+    assert load_model(None, str(folder), torch.device("cpu"))[1] is TOKENIZERS[name]
+
+
+def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, call, refused, tmp_path, monkeypatch):
+    rows = train(tmp_path / "run", max_iters=3, eval_interval=1, keep_checkpoints=9, learning_rate=0.1, bias=True)
+    folder, cpu = tmp_path / "run/checkpoints/step_00000001", torch.device("cpu")
+    weights = load_file(folder / "model.safetensors")
+    call(export, "--out_dir", folder, "--to", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| val/loss at step 1 | {rows[1]['val/loss']:.4f} |" in card
+    assert "(curves.png)" in card
+    exported = GPT.from_pretrained(str(tmp_path / "exported")).state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
+    start = ["--start", "12 squared", "--max_new_tokens", 20]
+    text = call(sample, "--out_dir", folder, *start)
+    assert text == call(sample, "--init_from", tmp_path / "exported", *start)
+    assert text != call(sample, "--out_dir", tmp_path / "run", *start)
+    monkeypatch.chdir(folder)
+    for source in (".", shutil.copytree(folder, tmp_path / "best")):
+        model, _, name = load_model(str(source), None, cpu)
+        assert Path(name) == Path(source).resolve()
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+    shutil.copytree(folder, tmp_path / "step_00000002")
+    assert "state.json is damaged" in refused(lambda: call(sample, "--out_dir", tmp_path / "step_00000002"))
+    pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
+    assert evaluate.load(str(folder), cpu, 4)[1] == str(folder)
+
+
+def test_checkpoints_without_their_run_are_exported_without_curves(train, call, tmp_path):
+    rows = train(tmp_path / "run", max_iters=2)
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "copy/checkpoints")
+    call(export, "--out_dir", tmp_path / "copy", "--to", tmp_path / "exported")
+    assert not (tmp_path / "exported" / "curves.png").exists()
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| val/loss of the last evaluation | {rows[-1]['val/loss']:.4f} |" in card
+    assert "curves.png" not in card
+
+
 def test_an_unknown_vocabulary_is_refused_in_one_line(refused, call, tmp_path):
     folder = write(GPT(replace(TINY, vocab_size=65)), tmp_path / "model")
     assert "vocabulary of 65 tokens" in refused(lambda: call(sample, "--init_from", folder))
-    assert "must be a hub name" in refused(lambda: call(sample, "--init_from", tmp_path / "nowhere"))
+    assert "must be a folder, a ckpt.pt file or a hub name" in refused(
+        lambda: call(sample, "--init_from", tmp_path / "nowhere")
+    )
     both = ["--init_from", folder, "--out_dir", tmp_path]
     assert "not allowed with" in refused(lambda: call(sample, *both))
     assert "no checkpoint in" in refused(lambda: call(export, "--out_dir", tmp_path, "--to", tmp_path / "to"))

@@ -103,7 +103,7 @@ def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
 
 def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_positions=16, vocab_size=257, n_layer=1, n_head=2, n_embd=8)
+    config = transformers.GPT2Config(n_positions=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     rows = train(tmp_path / "run", init_from=tmp_path / "gpt2", max_iters=5)
     assert rows[-1]["step"] == 5
@@ -312,7 +312,8 @@ def test_refuses_an_odd_number_of_bytes(refuses, tmp_path):
 @pytest.mark.parametrize(
     "meta",
     ["{", "[]", '{"tokenizer": "bytes"}', '{"tokenizer": "x", "vocab_size": 5}',
-     '{"tokenizer": "bytes", "vocab_size": 1e99}', '{"tokenizer": [], "vocab_size": 5}'],
+     '{"tokenizer": "bytes", "vocab_size": 1e99}', '{"tokenizer": [], "vocab_size": 5}',
+     '{"tokenizer": "gpt2", "vocab_size": 1500}', '{"tokenizer": "bytes", "vocab_size": 50257}'],
 )  # fmt: skip
 def test_refuses_a_bad_meta_file(refuses, tmp_path, meta):
     write_dataset(tmp_path / "data", range(200), range(100))
@@ -356,8 +357,9 @@ def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refuses("'gpt2-none' cannot be loaded: ", init_from="gpt2-none")
-    refuses("'scrach': must be a hub name 'gpt2*', a folder or a ckpt.pt file (or, to train, 's", init_from="scrach")
+    places = "must be a folder, a ckpt.pt file or a hub name (or, to train, 'scratch', 'resume' or 'auto')"
+    for name in ("gpt2-none", "somebody/none", "scrach", "not/a/name"):
+        refuses(f"init_from = '{name}': {places}; the hub did not give it", init_from=name)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     shape = {"n_positions": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 1}
     for config in ("[]", json.dumps(shape), json.dumps(shape | {"model_type": "gpt2"})):

@@ -15,7 +15,7 @@ from run import randomness
 from run.errors import RankError, UserError
 from run.files import read_json
 from run.settings import ROOT
-from tokens.tokenizers import GPT2, TOKENIZERS
+from tokens.tokenizers import GPT2, KNOWN, TOKENIZERS, fits
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24
@@ -191,8 +191,8 @@ def read_meta(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
-    if tokenizer not in list(TOKENIZERS) or type(vocab_size) is not int or not 1 <= vocab_size <= 2**16:
-        raise UserError(f"{path}: tokenizer must be {' or '.join(TOKENIZERS)}, and vocab_size from 1 to 65536")
+    if tokenizer not in list(TOKENIZERS) or type(vocab_size) is not int or not fits(TOKENIZERS[tokenizer], vocab_size):
+        raise UserError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r}: must be {KNOWN}")
     return meta
 
 

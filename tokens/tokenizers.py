@@ -66,3 +66,9 @@ class GPT2:
 
 Tokenizer = Bytes | GPT2
 TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (Bytes(), GPT2())}
+KNOWN = " or ".join(f"{tokenizer.name} with {tokenizer.vocab_size}" for tokenizer in TOKENIZERS.values())
+
+
+def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether a vocabulary has the tokenizer's size, padded to a multiple of 64 or not."""
+    return 0 <= vocab_size - tokenizer.vocab_size < 64

@@ -1,9 +1,11 @@
 """The beginning of a run: the model it starts from, and what it says of itself."""
 
 import dataclasses
+import sys
 
 import torch
 
+import pretrained
 from model import GPT, GPTConfig
 from records.checkpoints import Checkpoint, Progress, changed_settings, refuse_other_run
 from run.errors import RankError, UserError
@@ -21,10 +23,6 @@ def check_same_job(settings: Settings, data: TokenData, machine: Machine) -> Non
             raise RankError(f"{name} = {mine[name]!r}, but rank 0 was started with {value!r}")
 
 
-def started_from(settings: Settings) -> str:
-    return "scratch" if settings.init_from == "auto" else settings.init_from
-
-
 def make_model(settings: Settings, data: TokenData, machine: Machine, checkpoint: Checkpoint | None) -> GPT:
     """The model on this rank's device: rank 0 gives it the checkpoint's weights, and DDP sends them to the others."""
     if checkpoint:
@@ -32,10 +30,14 @@ def make_model(settings: Settings, data: TokenData, machine: Machine, checkpoint
         refuse_other_run(checkpoint, model.config, settings, data)
         if machine.ranks.is_main:
             checkpoint.load_model(model)
-    elif started_from(settings) == "scratch":
+    elif settings.init_from in ("scratch", "auto"):
         model = GPT(shape_of(settings, data, checkpoint))
     else:
-        model = pretrained_model(settings, data)
+        source = settings.init_from
+        model, tokenizer = pretrained.load_with_tokenizer(source, settings.block_size, settings.dropout)
+        if tokenizer.name != data.tokenizer or model.config.vocab_size < data.vocab_size:
+            theirs = f"the data set {settings.dataset} has {data.vocab_size} of {data.tokenizer}"
+            raise UserError(f"{source} has {model.config.vocab_size} tokens of {tokenizer.name}, but {theirs}")
     model.h.checkpoint_activations = settings.checkpoint_activations
     if machine.compile:
         model.compile()
@@ -50,21 +52,24 @@ def shape_of(settings: Settings, data: TokenData, checkpoint: Checkpoint | None)
     return GPTConfig(vocab_size=data.padded_vocab_size, **{name: getattr(settings, name) for name in names})
 
 
+def as_used(settings: Settings, model: GPT, checkpoint: Checkpoint | None) -> Settings:
+    """The settings with the model's shape, which the weights of others bring along, and what the run started from in
+    `init_from`. UserError where the command line asks for another shape.
+    """
+    begun = checkpoint.progress.started_from if checkpoint else settings.init_from
+    shape = {name: value for name, value in dataclasses.asdict(model.config).items() if name != "vocab_size"}
+    asked = {argument.removeprefix("--").partition("=")[0] for argument in sys.argv[1:]}
+    for name in asked & shape.keys():
+        if getattr(settings, name) != shape[name]:
+            raise UserError(f"{name} = {getattr(settings, name)!r}, but the weights {begun} have {shape[name]!r}")
+    return dataclasses.replace(settings, init_from="scratch" if begun == "auto" else begun, **shape)
+
+
 def resume(checkpoint: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer, machine: Machine) -> Progress:
     """Give the optimizer the checkpoint's state, on every rank. Returns how far the run is."""
     state = checkpoint.optimizer_state(model) if machine.ranks.is_main else {}
     load_state(model, optimizer, state, machine.ranks)
     return checkpoint.progress
-
-
-def pretrained_model(settings: Settings, data: TokenData) -> GPT:
-    name = settings.init_from
-    model = GPT.from_pretrained(name, settings.block_size, settings.dropout)
-    if model.config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"{name} has {model.config.vocab_size} tokens, but the data set {settings.dataset} has {data.vocab_size}"
-        )
-    return model
 
 
 def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, checkpoint: Checkpoint | None) -> None:

@@ -7,7 +7,6 @@ Letters in the shape comments: N positions, C channels, V the size of the vocabu
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -18,33 +17,33 @@ CPU_LOGITS = 2**25  # of a chunk, which is to fit into a CPU's caches
 
 
 class ChunkLoss(nn.Module):
-    """The loss of a chunk: the sum over its positions of the cross-entropy of their labels, which are `draw(logits,
-    targets)`, or without `draw` the targets themselves. A target of -1 is left out.
+    """The loss of a chunk: the sum over its positions of the cross-entropy of their labels. A label of -1 is left out.
+    A subclass may take other targets than labels, in `labels`, or have another `loss`.
     """
 
     gpu_logits = 2**28  # of a chunk, as GPUs want large products; not measured
 
-    def __init__(self, draw: Callable[[Tensor, Tensor], Tensor] | None = None):
-        super().__init__()
-        self.draw = draw
+    def labels(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits (N, V) and targets (…, N) give integers (N,)."""
+        return targets
 
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """hidden (N, C), weight (V, C), targets (…, N): a scalar in float32, or float64 for float64 inputs."""
         logits = F.linear(hidden, weight)  # (N, V)
         logits = logits.to(wide_dtype(logits))
-        labels = self.draw(logits.detach(), targets) if self.draw else targets  # (N,)
+        labels = self.labels(logits.detach(), targets)  # (N,)
         # F.cross_entropy by hand, as that compares labels in 64 bits: a step of a small model takes 3 % less on a CPU.
         peak = logits.detach().amax(dim=-1, keepdim=True)  # (N, 1)
         log_total = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)  # (N,), of the softmax's denominators
         return ((log_total - of_labels(logits, labels)) * (labels >= 0)).sum()
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, d_weight: Tensor | None) -> tuple:
+    def forward(self, d_weight: Tensor | None, hidden: Tensor, weight: Tensor, *inputs: Tensor) -> tuple:
         """The loss and its gradient by `hidden`; that by `weight` is added to `d_weight`, in the same pass over the
         memory. With None there are no gradients.
         """
         if d_weight is None:
-            return self.loss(hidden, weight, targets), None
-        (d_hidden, more), loss = torch.func.grad_and_value(self.loss, argnums=(0, 1))(hidden, weight, targets)
+            return self.loss(hidden, weight, *inputs), None
+        (d_hidden, more), loss = torch.func.grad_and_value(self.loss, argnums=(0, 1))(hidden, weight, *inputs)
         d_weight += more
         return loss, d_hidden
 
@@ -77,14 +76,14 @@ def chunk_rows(positions: int, vocab_size: int, logits: int) -> int:
 
 class _MeanInChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients):
+    def forward(ctx, hidden, weight, targets, count, chunk_loss, with_gradients, *constants):
         dtype = product_dtype(hidden)
         logits = CPU_LOGITS if hidden.device.type == "cpu" else chunk_loss.gpu_logits
         rows = chunk_rows(len(hidden), len(weight), logits)
         low_weight = weight.to(dtype)  # once for all chunks
         d_weight = torch.zeros_like(weight) if with_gradients else None
         results = [
-            chunk_loss(chunk.to(dtype), low_weight, some, d_weight)
+            chunk_loss(d_weight, chunk.to(dtype), low_weight, some, *constants)
             for chunk, some in zip(hidden.split(rows), targets.split(rows, dim=-1), strict=True)
         ]
         losses, d_hidden = zip(*results, strict=True)
@@ -98,15 +97,16 @@ class _MeanInChunks(torch.autograd.Function):
             raise RuntimeError("this loss can be differentiated only once: take F.cross_entropy of the logits instead")
         d_hidden, d_weight = (tensor.mul_(gradient / ctx.count) for tensor in ctx.gradients)  # in place: they are large
         ctx.gradients = None
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def mean_in_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor | int, chunk_loss: ChunkLoss
+    hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor | int, chunk_loss: ChunkLoss, *constants: Tensor
 ) -> Tensor:
     """The sum of the losses of all positions, divided by `count`: a scalar that can be differentiated once.
 
-    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are what `chunk_loss` takes.
+    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are what `chunk_loss` takes,
+    and so are `constants`, of which every chunk gets all.
     """
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _MeanInChunks.apply(hidden, weight, targets, count, chunk_loss, with_gradients)
+    return _MeanInChunks.apply(hidden, weight, targets, count, chunk_loss, with_gradients, *constants)

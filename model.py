@@ -4,6 +4,7 @@ Letters in the shape comments: B sequences, T tokens a sequence, C = n_embd chan
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from generation import stream
 from head import ChunkLoss, mean_in_chunks
-from sophia import labels_from_uniforms
 
 
 @dataclass(frozen=True)
@@ -32,27 +31,45 @@ class GPTConfig:
     exact_gelu: bool = False
 
 
+class KVCache:
+    """The keys and values of the tokens that a model has seen, for up to `size` tokens of B sequences."""
+
+    def __init__(self, size: int):
+        self.size, self.length = size, 0  # tokens it can hold, tokens it holds
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each (B, n_head, size, C / n_head)
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values of T more tokens, (B, n_head, T, C / n_head); returns those of all tokens."""
+        if layer_idx == len(self.layers):
+            shape = *k.shape[:2], self.size, k.shape[3]
+            self.layers.append((k.new_empty(shape), v.new_empty(shape)))
+        keys, values = self.layers[layer_idx]
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.layer_idx = config.n_head, config.dropout, layer_idx
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, n_head, T, C / n_head)."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C) gives (B, T, C). With a cache the tokens follow those in it: one token, or any number of first
+        ones.
+        """
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
-        return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if cache is not None:
+            k, v = cache.append(self.layer_idx, k, v)
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
-
-    def merge(self, y: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=self.scale)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -76,14 +93,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(x, self.attn.attend(*self.before(x)))
-
-    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.heads(self.ln_1(x))
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.attn.merge(y)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -110,7 +121,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = Blocks(Block(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.label_loss, self.sampled_label_loss = ChunkLoss(), ChunkLoss(draw=labels_from_uniforms)
+        self.chunk_loss = ChunkLoss()
         for name, parameter in self.named_parameters():
             # GPT-2's initialisation: N(0, 0.02), and residual projections scaled by 1 / sqrt(2 * n_layer)
             if parameter.dim() == 2:
@@ -121,16 +132,22 @@ class GPT(nn.Module):
 
     def compile(self) -> None:
         """torch.compile, in place, what takes the time: in parts, so that all losses share the blocks."""
-        for part in (self.h, self.label_loss, self.sampled_label_loss):
+        for part in (self.h, self.chunk_loss):
             part.compile(dynamic=False)
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers."""
-        T = idx.shape[1]
-        if self.config.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[:T]
-        return self.ln_f(self.h(F.dropout(x, self.config.dropout, self.training)))
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers, that follow the cached."""
+        start, T = cache.length if cache else 0, idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[start : start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        if cache is None:
+            return self.ln_f(self.h(x))
+        for block in self.h:  # not `self.h`, which may be compiled, and would be anew for every length
+            x = block(x, cache)
+        cache.length += T
+        return self.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for tokens `idx` (B, T); with `targets` (B, T), instead their mean cross-entropy in nats,
@@ -141,12 +158,27 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(hidden, weight)
         count = (targets >= 0).sum()
-        return mean_in_chunks(hidden.flatten(0, 1), weight, targets.flatten(), count, self.label_loss)
+        return mean_in_chunks(hidden.flatten(0, 1), weight, targets.flatten(), count, self.chunk_loss)
 
-    def sampled_loss(self, idx: Tensor, uniforms: Tensor) -> Tensor:
-        """The mean cross-entropy of labels drawn from the model's own softmax by `uniforms` (2, B, T) in [0, 1)."""
-        hidden, uniforms = self.hidden(idx).flatten(0, 1), uniforms.flatten(1)
-        return mean_in_chunks(hidden, self.wte.weight, uniforms, len(hidden), self.sampled_label_loss)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Tensor:
+        """Tokens `idx` (B, T) and `max_new_tokens` more, (B, T + max_new_tokens). `draw` has the options."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Iterator[Tensor]:
+        """Yield what follows tokens `idx` (B, T), a token (B, 1) at a time. The context is the last block_size tokens.
+        When it is full its older half is forgotten, and the rest is computed anew, as all its positions are new.
+        """
+        context = new = idx[:, -self.config.block_size :]
+        cache = KVCache(self.config.block_size)
+        for _ in range(max_new_tokens):
+            if cache.length == self.config.block_size:
+                context = new = context[:, (self.config.block_size + 1) // 2 :]
+                cache.length = 0
+            logits = F.linear(self.hidden(new, cache)[:, -1], self.wte.weight)  # (B, V)
+            new = draw(logits.float(), temperature, top_k, top_p, generator)
+            yield new
+            context = torch.cat((context, new), dim=1)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step (forward and backward) per token of a full block: 6 per
@@ -156,13 +188,20 @@ class GPT(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Tensor:
-        """`idx` (B, T) and its continuation, (B, T + max_new_tokens); generation.py tells more."""
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str, block_size: int | None = None, dropout: float = 0.0) -> "GPT":
-        """A model with GPT-2 weights: of a name on the hub, a folder or a ckpt.pt file. See `pretrained.load`."""
-        import pretrained  # which builds on this module
-
-        return pretrained.load(name_or_folder, block_size, dropout)
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> Tensor:
+    """Tokens (B, 1) drawn by `logits` (B, V) / temperature; temperature 0 (or below 1e-6) takes the likeliest. `top_k`
+    leaves the k likeliest, and `top_p` of these the fewest whose probabilities add up to it.
+    """
+    if temperature < 1e-6:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        descending, tokens = probabilities.sort(descending=True)
+        before = descending[:, :-1].cumsum(dim=-1)  # of the second and so on, the sum of all that are likelier
+        descending[:, 1:].masked_fill_(before >= top_p, 0)
+        probabilities = probabilities.scatter(1, tokens, descending)
+    return torch.multinomial(probabilities, 1, generator=generator)

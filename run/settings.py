@@ -75,6 +75,10 @@ class Settings:
     rho: float | None = setting(None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer")
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one")
     hessian_batch_size: int | None = setting(None, "Sophia: sequences per estimate; None: 32 (H, averaged), 240 (G)")
+    hessian_micro_batch_size: int | None = setting(
+        None,
+        "sophiah: sequences per pass on one device, which keeps twice as much as training; None: half a micro-batch",
+    )
     hessian_estimator: Literal["paper", "averaged"] = setting(
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
     )
@@ -211,6 +215,7 @@ def complete(settings: Settings) -> Settings:
     if settings.optimizer == "sophiag" and settings.hessian_estimator == "averaged":
         whole_groups = settings.batch_size // max(settings.hessian_group_size, 1) * settings.hessian_group_size
         defaults["hessian_batch_size"] = min(AVERAGED_HESSIAN_BATCH_SIZE, whole_groups)
+    defaults["hessian_micro_batch_size"] = max(1, settings.micro_batch_size // 2)
     defaults |= {"lr_decay_iters": settings.max_iters, "min_lr": 0.05 * settings.learning_rate}
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **missing)
@@ -225,7 +230,7 @@ def check_ranges(settings: Settings) -> None:
 
     for name in "eval_interval log_interval keep_checkpoints n_head block_size".split():
         require(name, getattr(settings, name) >= 1, "at least 1")
-    for name in "hessian_interval hessian_group_size max_iters lr_decay_iters".split():
+    for name in "hessian_interval hessian_group_size hessian_micro_batch_size max_iters lr_decay_iters".split():
         require(name, getattr(settings, name) >= 1, "at least 1")
     for name, largest in {
         "n_layer": 1000,

@@ -21,7 +21,6 @@ from tokens.token_files import TokenData, Tokens, open_data
 from train import accumulate_gradients
 from training import hessian_product
 from training.curvature import Curvature
-from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 from training.parallel import DataParallel
 from training.start import shape_of
 
@@ -72,7 +71,7 @@ def plain_loss(model, x, y):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("compile", COMPILERS)
 def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, checkpointed, compile):
-    monkeypatch.setattr(hessian_product, "QUERIES", 6)  # the 16 tokens of a sequence do not divide
+    monkeypatch.setattr(hessian_product, "QUERIES_PER_BLOCK", 6)  # the 16 tokens of a sequence do not divide
     torch.compiler.reset()
     machine = Machine(torch.device("cpu"), torch.float32, compile)
     c = curvature(machine=machine, optimizer="sophiah", micro_batch_size=4, n_layer=3, **EVERYTHING)
@@ -83,26 +82,6 @@ def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, che
         expected = hutchinson(loss, params, torch.Generator().manual_seed(seed))
     c.model.h.checkpoint_activations = checkpointed
     assert distance(c.estimate(STEP, params), expected) < 1e-10
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("shape", [(12, 12, 768), (36, 20, 1280)])  # of 125M and 770M
-def test_a_hutchinson_pass_takes_as_many_sequences_as_training_has_memory_for(shape, checkpointed):
-    config = GPTConfig(1024, 50304, *shape)
-    weights = 4 * 12 * shape[0] * shape[2] ** 2
-    for micro_batch_size in (16, 64):
-        training = peak_bytes(TRAINING, config, micro_batch_size, checkpointed)
-        n = hutchinson_sequences(config, micro_batch_size, checkpointed, weights)
-        assert 1 <= n < micro_batch_size
-        if n > 1:
-            assert peak_bytes(HUTCHINSON, config, n, checkpointed) + weights <= training
-        assert peak_bytes(HUTCHINSON, config, n + 1, checkpointed) + weights > training
-    assert hutchinson_sequences(config, 1, checkpointed, weights) == 1
-
-    def of_a_sequence(kind):
-        return peak_bytes(kind, config, 128, checkpointed) - peak_bytes(kind, config, 64, checkpointed)
-
-    assert checkpointed or of_a_sequence(HUTCHINSON) <= 2 * of_a_sequence(TRAINING)
 
 
 def test_an_estimate_takes_equal_parts(curvature):

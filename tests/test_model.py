@@ -16,6 +16,7 @@ from model import GPT, GPTConfig
 from run.machine import Machine
 from sophia import hutchinson, labels_from_uniforms
 from tests.conftest import COMPILERS
+from training.curvature import SampledLabelLoss
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
 SHALLOW = replace(TINY, n_layer=1)
@@ -107,7 +108,7 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(head
     expected = plain_loss(model, idx, targets)
     if compile:
         torch.compiler.reset()
-        model.label_loss.compile(dynamic=False)
+        model.chunk_loss.compile(dynamic=False)
     loss = model(idx, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(gradients(3 * loss, model), gradients(3 * expected, model), rtol=1e-10, atol=1e-12)
@@ -122,10 +123,12 @@ def test_the_loss_of_sampled_labels_is_that_of_the_labels_which_the_uniforms_dra
     with torch.no_grad():
         labels = labels_from_uniforms(model(idx), uniforms)
     expected = plain_loss(model, idx, labels)
+    sampled_label_loss = SampledLabelLoss()
     if compile:
         torch.compiler.reset()
-        model.sampled_label_loss.compile(dynamic=False)
-    loss = model.sampled_loss(idx, uniforms)
+        sampled_label_loss.compile(dynamic=False)
+    hidden = model.hidden(idx).flatten(0, 1)
+    loss = mean_in_chunks(hidden, model.wte.weight, uniforms.flatten(1), len(hidden), sampled_label_loss)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(gradients(loss, model), gradients(expected, model), rtol=1e-10, atol=1e-12)
 
@@ -282,12 +285,12 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 def test_an_evaluation_computes_no_gradients():
     class Spy(ChunkLoss):
-        def forward(self, hidden, weight, targets, d_weight):
+        def forward(self, d_weight, *inputs):
             given.append(d_weight is not None)
-            return super().forward(hidden, weight, targets, d_weight)
+            return super().forward(d_weight, *inputs)
 
     given, model, idx = [], GPT(TINY), torch.zeros(1, 16, dtype=torch.long)
-    model.label_loss = Spy()
+    model.chunk_loss = Spy()
     with torch.no_grad():
         model(idx, idx)
     model(idx, idx)

@@ -3,14 +3,21 @@
 import torch
 from torch import Tensor
 
+from head import ChunkLoss, mean_in_chunks
 from model import GPT
 from run import randomness
 from run.machine import Machine
 from run.settings import Settings
-from sophia import normal_like
+from sophia import labels_from_uniforms, normal_like
 from tokens.batches import Batches
 from training.hessian_product import HessianProduct
-from training.memory import hutchinson_sequences
+
+
+class SampledLabelLoss(ChunkLoss):
+    """The loss of labels that the model draws itself, from its softmax, by uniform numbers (2, N) in [0, 1)."""
+
+    def labels(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        return labels_from_uniforms(logits, uniforms)
 
 
 class Curvature:
@@ -21,6 +28,9 @@ class Curvature:
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
         self._hessian_product = HessianProduct(model, machine.compile) if settings.optimizer == "sophiah" else None
+        self._sampled_label_loss = SampledLabelLoss()
+        if machine.compile:
+            self._sampled_label_loss.compile(dynamic=False)
 
     def is_due(self, step: int) -> bool:
         """Whether update `step` (from 1) begins with an estimate: the first does, then every hessian_interval-th."""
@@ -67,8 +77,11 @@ class Curvature:
         return mean
 
     def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        """Those of the mean cross-entropy of `x` (sequences, block_size) with labels drawn by uniforms (2, …)."""
         with self.machine.forward_context():
-            loss = self.model.sampled_loss(x, uniforms)
+            hidden = self.model.hidden(x).flatten(0, 1)  # (positions, C)
+            weight, loss_of = self.model.wte.weight, self._sampled_label_loss
+            loss = mean_in_chunks(hidden, weight, uniforms.flatten(1), len(hidden), loss_of)
         return torch.autograd.grad(loss, params)
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
@@ -81,7 +94,7 @@ class Curvature:
         named, direction_of = dict(self.model.named_parameters()), dict(zip(params, directions, strict=True))
         weights, u = product.weights(), {name: direction_of[param] for name, param in named.items()}
         tokens = settings.hessian_batch_size * settings.block_size
-        for (x, y), _ in self.batches.curvature(step, self._hutchinson_sequences()):
+        for (x, y), _ in self.batches.curvature(step, settings.hessian_micro_batch_size):
             with self.machine.forward_context():
                 product.add(weights, u, x, y, tokens)
         sums = {named[name]: weight.grad for name, weight in weights.items()}
@@ -89,10 +102,3 @@ class Curvature:
         self.machine.ranks.all_reduce(total)
         torch._foreach_mul_(total, directions)
         return total
-
-    def _hutchinson_sequences(self) -> int:
-        """Of a part, to need no more memory than training does."""
-        more = 4 * sum(param.numel() for param in self.model.parameters())  # u; the sums are in place of the gradients
-        more *= 2 if self.machine.ranks.count > 1 else 1  # whose memory DDP keeps
-        checkpointed = self.settings.checkpoint_activations
-        return hutchinson_sequences(self.model.config, self.settings.micro_batch_size, checkpointed, more)

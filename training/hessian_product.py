@@ -1,12 +1,17 @@
 """H u, the Hessian of a GPT's training loss times a direction: exact, in about twice the memory of a training pass.
 
 Along u the loss changes at the rate g·u, and the gradient of that number is H u: reverse over forward mode. The forward
-pass carries every activation as a pair (value, tangent); a backward pass follows, as in training. PyTorch's fused
-attention has no forward mode. So the tangent of attention is computed here, for a few queries at a time, and its
-T x T matrices are computed again in the backward pass: they are never in memory as a whole (the idea is that of
-FlashAttention, Dao et al., 2022, arXiv 2205.14135).
+pass carries every activation as a pair: its value x and its tangent dx, the rate at which it changes along u. A
+backward pass from the loss's tangent follows, as in training. Three things keep the model from being used as it is:
 
-Letters in the shape comments: B sequences, H heads, T tokens, D channels of a head; R queries of a block, N keys.
+- Fused attention has no forward mode. So a block is taken apart: what comes before attention and what comes after it
+  go through torch.func.jvp (`on_pairs`), and the tangent of attention is written out, for a few queries at a time. Its
+  T x T matrices are computed again in the backward pass and are never in memory as a whole (as in FlashAttention,
+  arXiv 2205.14135).
+- The gradient of F.layer_norm's own tangent is wrong (torch 2.13): `PlainLayerNorm` replaces it by simple operations.
+- All blocks have the same code: one block without weights is compiled once and is given each block's weights in turn.
+
+Letters in the shape comments: B sequences, H heads, T tokens, C channels, D = C / H; R queries of a block, N keys.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from head import ChunkLoss, mean_in_chunks, of_labels, product_dtype, wide_dtype
 from model import GPT, Block
 
-QUERIES = 128  # of a block
+QUERIES_PER_BLOCK = 128
 
 Named = dict[str, Tensor]
 
@@ -37,14 +42,15 @@ class HessianProduct:
             return torch.compile(function, dynamic=False) if compile else function
 
         self.model = model
-        with torch.device("meta"):  # without weights: it is given those of every block in turn, as all have one code
+        with torch.device("meta"):  # without weights
             block = Block(model.config, layer_idx=0).eval()
-        self.before, self.after = (compiled(on_pairs(block, name)) for name in ("before", "after"))
-        self.norm = compiled(on_pairs(model.ln_f, "forward"))
+        self.before_attention = compiled(on_pairs(BeforeAttention(block)))
+        self.after_attention = compiled(on_pairs(AfterAttention(block)))
+        self.norm = compiled(on_pairs(model.ln_f))
         self.attention = compiled(attention_tangent), compiled(attention_tangent_backward)
-        self.rate = TangentLoss()
+        self.loss_tangent = TangentLoss()
         if compile:
-            self.rate.compile(dynamic=False)
+            self.loss_tangent.compile(dynamic=False)
 
     def weights(self) -> Named:
         """The model's weights by name, each with a `grad` of zeros, which is apart from the model's own gradients."""
@@ -63,50 +69,65 @@ class HessianProduct:
         def embed(weights: Named) -> Tensor:
             return F.embedding(idx, weights[embedding]) + weights[positions][: idx.shape[1]]
 
-        x, dx = embed(weights), embed(u).requires_grad_()  # the latter as in later layers, which share the code
+        x, dx = embed(weights), embed(u).requires_grad_()  # dx as in later layers, which share the code
         for number, block in enumerate(model.h):
-            parts = block, part_of(weights, f"h.{number}."), part_of(u, f"h.{number}.")
+            parts = block, *(part_of(tensors, f"h.{number}.", "block.") for tensors in (weights, u))
             if model.h.checkpoint_activations:
                 x, dx = checkpoint(self.block, *parts, x, dx, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, dx = self.block(*parts, x, dx)
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
-        self.rate.direction = u[embedding].to(product_dtype(x))
-        rate = mean_in_chunks(hidden.flatten(0, 1), weights[embedding], targets.flatten(), count, self.rate)
-        del self.rate.direction  # which is large
-        rate.backward()
+        du = u[embedding].to(product_dtype(x))
+        tangent = mean_in_chunks(
+            hidden.flatten(0, 1), weights[embedding], targets.flatten(), count, self.loss_tangent, du
+        )
+        tangent.backward()
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        heads, tangents = self.before(weights, u, (x,), (dx,))
-        y = F.scaled_dot_product_attention(*heads, is_causal=True, scale=block.attn.scale)
-        dy = AttentionTangent.apply(*heads, *tangents, block.attn.scale, self.attention)
-        return self.after(weights, u, (x, y), (dx, dy))
+        qkv, d_qkv = self.before_attention(weights, u, (x,), (dx,))
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=block.attn.scale)
+        dy = AttentionTangent.apply(*qkv, *d_qkv, block.attn.scale, self.attention)
+        return self.after_attention(weights, u, (x, y), (dx, dy))
 
 
-def part_of(tensors: Named, prefix: str) -> Named:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def part_of(tensors: Named, prefix: str, new: str = "") -> Named:
+    """The tensors whose names have a prefix, with a new one in its place."""
+    return {new + name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-class Method(nn.Module):
-    """A method of a module as a module, whose parameters have the prefix `module.`."""
+class BeforeAttention(nn.Module):
+    """x (B, T, C) gives queries, keys and values, each (B, H, T, D)."""
 
-    def __init__(self, module: nn.Module, name: str):
+    def __init__(self, block: Block):
         super().__init__()
-        self.module, self.name = module, name
+        self.block = block
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return getattr(self.module, self.name)(*inputs)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        attn = self.block.attn
+        heads = attn.c_attn(self.block.ln_1(x)).unflatten(-1, (3, attn.n_head, -1))  # (B, T, 3, H, D)
+        return heads.permute(2, 0, 3, 1, 4).unbind()
 
 
-def on_pairs(module: nn.Module, name: str) -> Callable:
-    """A method of a module as a function of (weights, u, values of the inputs, their tangents), which gives the values
-    of the outputs and their tangents.
+class AfterAttention(nn.Module):
+    """x (B, T, C) and attention's output y (B, H, T, D) give the output of the block (B, T, C)."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.block.attn.c_proj(y.transpose(1, 2).flatten(2))
+        return x + self.block.mlp(self.block.ln_2(x))
+
+
+def on_pairs(module: nn.Module) -> Callable:
+    """A module as a function of (weights, u, values of the inputs, their tangents), which gives the values of the
+    outputs and their tangents.
     """
-    method = Method(module, name)
 
     def run(weights: Named, u: Named, values: tuple, tangents: tuple) -> tuple:
         def function(weights: Named, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            return functional_call(method, {f"module.{name}": tensor for name, tensor in weights.items()}, inputs)
+            return functional_call(module, weights, inputs)
 
         with PlainLayerNorm():
             return jvp(function, (weights, *values), (u, *tangents))
@@ -181,7 +202,7 @@ def attention_tangent_backward(
 
 def add_blocks(sums: list[Tensor], part: Tensor) -> None:
     """Add to `sums`, one for each block of keys, the rows of `part` (BH, N, D), which has one block more."""
-    blocks = part.to(wide_dtype(part)).split(QUERIES, dim=1)
+    blocks = part.to(wide_dtype(part)).split(QUERIES_PER_BLOCK, dim=1)
     sums[:] = [total + block for total, block in zip(sums, blocks, strict=False)] + [blocks[-1]]
 
 
@@ -192,8 +213,8 @@ def attention_weights(
     the tangent of the scores less its mean under p; p and c are (BH, R, N).
     """
     queries, keys = torch.cat((dq, q), dim=-1), torch.cat((k, dk), dim=-1)  # (BH, T, 2D)
-    for first in range(0, q.shape[1], QUERIES):
-        own, seen = slice(first, first + QUERIES), min(first + QUERIES, q.shape[1])
+    for first in range(0, q.shape[1], QUERIES_PER_BLOCK):
+        own, seen = slice(first, first + QUERIES_PER_BLOCK), min(first + QUERIES_PER_BLOCK, q.shape[1])
         scores = (q[:, own] @ k[:, :seen].mT).to(wide_dtype(q))
         later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)
         p = (scale * scores).masked_fill(later, -torch.inf).softmax(dim=-1)
@@ -202,16 +223,15 @@ def attention_weights(
 
 
 class TangentLoss(ChunkLoss):
-    """The tangent of the loss of a chunk along `direction` (V, C) of the weight, in place of the loss. `hidden`
-    (N, 2C) holds the hidden states and their tangents.
+    """The tangent of the loss of a chunk in place of the loss. `hidden` (N, 2C) holds the hidden states and their
+    tangents, `du` (V, C) is the tangent of the weight.
     """
 
-    direction: Tensor
     gpu_logits = 2**26  # as each takes 14 bytes, and in training 4
 
-    def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, du: Tensor) -> Tensor:
         values, tangents = hidden.chunk(2, dim=-1)
         logits = F.linear(values, weight)  # (N, V)
-        tangent = (F.linear(tangents, weight) + F.linear(values, self.direction)).to(wide_dtype(logits))
+        tangent = (F.linear(tangents, weight) + F.linear(values, du)).to(wide_dtype(logits))
         mean = (logits.to(tangent.dtype).softmax(dim=-1) * tangent).sum(dim=-1)
         return ((mean - of_labels(tangent, targets)) * (targets >= 0)).sum()

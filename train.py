@@ -10,7 +10,7 @@ import math
 import sys
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from model import GPT
 from records.checkpoint_writer import CheckpointWriter
@@ -25,52 +25,33 @@ from tokens.batches import Batches, check_batch
 from tokens.token_files import TokenData, open_data
 from training.curvature import Curvature
 from training.meter import Meter, StepResult
-from training.optimizers import betas, learning_rate, make_optimizer, parameters
-from training.parallel import DataParallel
+from training.optimizers import Optimizer, betas, learning_rate, make_optimizer, parameters
+from training.parallel import form_buckets, wrap
 from training.start import as_used, check_same_job, describe, make_model, resume
 
 
 def update(
-    step: int,
-    model: DataParallel,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    curvature: Curvature,
-    writer: CheckpointWriter,
+    step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature, machine: Machine
 ) -> StepResult:
     """Update `step` (from 1) of the weights, without a wait for its results."""
-    params = parameters(optimizer)
+    settings, params = batches.settings, parameters(optimizer)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(batches.settings, step)
-        group["betas"] = betas(batches.settings, step)
+        group["lr"], group["betas"] = learning_rate(settings, step), betas(settings, step)
     if curvature.is_due(step):
-        estimate = curvature.estimate(step, params)
-        writer.wait_for_copies()  # of a checkpoint: from here on the optimizer's state changes
-        optimizer.update_hessian(estimate)
-        del estimate  # as large as the weights
-    loss = accumulate_gradients(step, model, batches)
-    norm = torch.nn.utils.clip_grad_norm_(params, batches.settings.grad_clip or math.inf)
-    writer.wait_for_copies()
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(loss, model.own_gradient_norm(), norm)
-
-
-def accumulate_gradients(step: int, model: DataParallel, batches: Batches) -> Tensor:
-    """Leave the gradient of the mean loss over the batch of update `step`, of all ranks, in the parameters' .grad.
-    Returns the mean loss over this rank's part of the batch.
-    """
-    settings, machine = batches.settings, batches.machine
+        optimizer.update_hessian(curvature.estimate(step, params))
     if settings.dropout > 0:
         randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
-        with model.exchanging(number == batches.accumulation_steps):
-            with machine.forward_context():
-                loss = model(x, y) / batches.accumulation_steps
-            loss.backward()
+        model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP's: exchange the sum at the end
+        with machine.forward_context():
+            loss = model(x, y) / batches.accumulation_steps
+        loss.backward()
         total += loss.detach()
-    return total
+    norm = torch.nn.utils.clip_grad_norm_(params, settings.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(total, norm)
 
 
 @torch.no_grad()
@@ -101,8 +82,7 @@ def main() -> None:
         checkpoint = folder.checkpoint_to_resume() if rank == 0 else None  # rank 0 alone reads and writes the folder
         machine = set_up(settings)
         try:
-            with machine.ranks.naming_lost_ranks():
-                train(settings, data, folder, machine, checkpoint)
+            train(settings, data, folder, machine, checkpoint)
         except errors.Diverged as error:
             advice = "try a lower learning_rate or, with Sophia, a higher rho"
             raise errors.Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
@@ -116,7 +96,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = make_model(settings, data, machine, checkpoint)
     settings = as_used(settings, model, checkpoint)
-    parallel = DataParallel(model, machine)
+    parallel = wrap(model, machine)
     optimizer = make_optimizer(model, settings, machine)
     progress = resume(checkpoint, model, optimizer, machine) if checkpoint else Progress(settings.init_from)
     batches = Batches(data, settings, machine)
@@ -135,26 +115,25 @@ def train(
         Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
         CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,
         StopSignals(machine.ranks, machine.note) as signals,
-        machine.ranks.naming_lost_ranks(),
     ):
-        parallel.form_buckets(settings.micro_batch_size)
+        form_buckets(parallel, machine, (settings.micro_batch_size, settings.block_size))
         meter = Meter(settings, machine, batches, progress, model.flops_per_token())
         if not checkpoint:
-            val_loss = meter.note_validation(evaluate(model, batches))
+            val_loss = meter.record_validation(evaluate(model, batches))
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0, "val/loss": val_loss})
             writer.begin(progress)
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
-            meter.add(update(step, parallel, optimizer, batches, curvature, writer))
-            stopping = signals.stop()
+            meter.add(update(step, parallel, optimizer, batches, curvature, machine))
+            stopping = signals.stop_requested()
             evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
             logging = step % settings.log_interval == 0 or evaluating
             if not (logging or stopping):
                 continue
-            row = meter.row(step)
+            row = meter.finish_row(step)
             if evaluating:
-                row["val/loss"] = meter.note_validation(evaluate(model, batches))
+                row["val/loss"] = meter.record_validation(evaluate(model, batches))
             if settings.uses_curvature:
                 row["win_rate"] = optimizer.unclipped_fraction()
             if logging:

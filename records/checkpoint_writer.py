@@ -2,12 +2,10 @@
 
 import dataclasses
 import shutil
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,30 +17,16 @@ from run.files import flush, write_json
 from run.machine import Machine
 from run.settings import Settings
 from tokens.token_files import TokenData
-from training.optimizers import state_by_name
+from training.optimizers import Optimizer, state_by_name
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread of rank 0, so that the loop waits for neither the copies nor the disk:
-
-        writer.begin(progress)     the weights and the optimizer's state are being copied; they must not change
-        …                          the next gradient needs them as they are
-        writer.wait_for_copies()   before the next update
-        …
-        writer.finish()            before the process ends, which leaving it as a context does, too
-
-    The copies, as large as weights and optimizer state together, stay in the host's memory from one checkpoint to the
-    next.
+    """Writes a run's checkpoints, on rank 0. The loop waits while `begin` copies the weights and the optimizer's state
+    to the host, and goes on while a thread writes them to the disk.
     """
 
     def __init__(
-        self,
-        out_dir: Path,
-        model: GPT,
-        optimizer: torch.optim.Optimizer,
-        settings: Settings,
-        data: TokenData,
-        machine: Machine,
+        self, out_dir: Path, model: GPT, optimizer: Optimizer, settings: Settings, data: TokenData, machine: Machine
     ):
         self.out_dir, self.model, self.optimizer, self.machine = out_dir, model, optimizer, machine
         self.keep = settings.keep_checkpoints
@@ -54,13 +38,7 @@ class CheckpointWriter:
         }
         self.complaint: str | None = None  # why the last checkpoint could not be written
         self._thread = ThreadPoolExecutor(1)
-        self._cuda = machine.device.type == "cuda"
-        self._streams = torch.cuda if self._cuda else torch.cpu  # whose streams and events do nothing
-        self._stream, self._ready, self._copied = self._streams.Stream(), self._streams.Event(), self._streams.Event()
-        self._asked_for = threading.Event()  # the copies
-        self._asked_for.set()
         self._written: Future | None = None
-        self._copies: dict[str, dict[str, Tensor]] = {}
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -72,19 +50,20 @@ class CheckpointWriter:
         """Start with the checkpoint of a step. Waits for the one before to be written."""
         self.finish()
         if self.machine.ranks.is_main:
-            weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             state = state_by_name(self.model, self.optimizer)
-            self._ready.record()
-            self._asked_for.clear()
-            self._written = self._thread.submit(self._copy_and_write, dataclasses.replace(progress), weights, state)
-
-    def wait_for_copies(self) -> None:
-        self._asked_for.wait()
-        self._copied.wait()  # a GPU waits, not the host
+            tensors = {"model.safetensors": dict(self.model.named_parameters()), "optimizer.safetensors": state}
+            description = {"progress": dataclasses.asdict(progress)} | self.description
+            try:
+                copies = {file: on_the_host(named) for file, named in tensors.items()}
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.complaint = self._complain(progress, error)
+                return
+            self._written = self._thread.submit(self._write, dataclasses.replace(progress), copies, description)
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun is on the disk, or has failed with a warning and a `complaint`."""
-        # Even if a rank is lost: the copies wait for no exchange, as the loop had the step's losses when they began.
         if self._written:
             self.complaint = self._written.result()
             self._written = None
@@ -96,37 +75,27 @@ class CheckpointWriter:
         if complaint:
             raise Unwritten(f"{complaint}; {last_good(self.out_dir)}")
 
-    def _copy_and_write(self, progress: Progress, weights: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
+    def _write(
+        self, progress: Progress, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]
+    ) -> str | None:
         try:
-            try:
-                with self._streams.stream(self._stream):
-                    self._ready.wait()
-                    self._copy("model.safetensors", weights)
-                    self._copy("optimizer.safetensors", state)
-                    self._copied.record()
-            finally:
-                self._asked_for.set()
-            self._copied.synchronize()
-            description = {"progress": dataclasses.asdict(progress)} | self.description
-            write(self.out_dir, progress.step, self._copies, description)
-        except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
-            warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
-            return complaint
+            write(self.out_dir, progress.step, tensors, description)
+        except (OSError, SafetensorError, MemoryError) as error:
+            return self._complain(progress, error)
         try:
             prune(self.out_dir, self.keep, progress.best_step)
         except OSError as error:
             warn(f"older checkpoints could not be removed: {error}")
         return None
 
-    def _copy(self, file: str, tensors: dict[str, Tensor]) -> None:
-        copies = self._copies.setdefault(file, {})
-        for name, tensor in tensors.items():
-            if name not in copies:
-                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._cuda)
-            copies[name].copy_(tensor, non_blocking=self._cuda)
+    def _complain(self, progress: Progress, error: Exception) -> str:
+        complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
+        warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
+        return complaint
+
+
+def on_the_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:

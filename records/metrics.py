@@ -62,8 +62,6 @@ class Metrics:
         if self.active:
             self.bar.close()
             if self.wandb:
-                if kind is None:
-                    summarize(self.wandb, self.path)
                 self.wandb.finish(exit_code=0 if kind is None else 1)
 
 
@@ -98,7 +96,7 @@ def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
     if not resumed or not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
-        return wandb.init(
+        run = wandb.init(
             project=settings.wandb_project,
             name=settings.wandb_run_name,
             id=identity.read_text(encoding="utf-8"),
@@ -108,6 +106,8 @@ def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
         )
     except wandb.errors.Error as error:
         raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
+    run.define_metric("val/loss", summary="min,last")
+    return run
 
 
 def commit() -> str | None:
@@ -117,19 +117,3 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def summarize(run: Any, path: Path) -> None:
-    """Give a wandb run its best validation loss and the picture of its losses; the last loss is in its summary."""
-    import matplotlib.pyplot  # noqa: F401, which wandb.Image takes for loaded
-    import wandb
-
-    from records import curves
-
-    try:
-        (curve,) = curves.read_curves([path.parent])
-        steps, losses = curve.points("step", "val/loss")[:2]
-        run.summary.update({"best_val_loss": losses.min(), "best_step": int(steps[losses.argmin()])})
-        run.log({"losses": wandb.Image(curves.picture([curve]))}, step=max(curve.runs[0]))
-    except Exception as error:  # no picture is worth a run that counts as failed
-        warn(f"wandb has no picture of the losses: {error}")

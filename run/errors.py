@@ -91,10 +91,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def machine_at_fault(error: BaseException) -> str | None:
-    """What to say of an error that is the device's or torch.compile's, and what to try; None for any other."""
+    """What to say of an error of the device, the network or torch.compile, and what to try; None for any other."""
     # by their words and modules, as cuBLAS and Triton raise plain RuntimeErrors, and many scripts import no torch
     if any(word in str(error) for word in ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")):
         return f"the device failed ({str(error):.200}): CUDA_LAUNCH_BLOCKING=1 shows at which operation"
+    if any(word in str(error) for word in ("gloo", "pair closure", "by peer", "Timed out waiting", "NCCL")):
+        return f"an exchange with the other ranks failed ({str(error):.200}): torchrun's report names the first to fail"
     modules = [kind.__module__ for kind in type(error).__mro__]
     if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
         return f"torch.compile failed ({str(error):.200}): --compile=False goes on without it"

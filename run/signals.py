@@ -19,18 +19,10 @@ class StopSignals:
     def __init__(self, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
         self.ranks, self.note = ranks, note  # which shows a line
-        self._answer: Callable[[], bool] = lambda: False  # of all ranks, at the step before
 
-    def stop(self) -> bool:
-        """Whether to stop after this step, the same on all ranks, which ask after each."""
-        # Several ranks learn of a signal one step late, so that none of them waits for the others.
-        asked = self.asked is not None
-        if self.ranks.count == 1:
-            return asked
-        if self._answer():
-            return True
-        self._answer = self.ranks.begin_any(asked)
-        return False
+    def stop_requested(self) -> bool:
+        """Whether a signal reached any rank; all of them ask after each step."""
+        return self.ranks.any(self.asked is not None)
 
     def __enter__(self) -> "StopSignals":
         # one that is ignored stays so, as SIGHUP under nohup
@@ -38,9 +30,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if not kind:
-            self._answer()  # no exchange is left behind
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -31,7 +31,7 @@ class Batches:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one optimizer step on this rank."""
-        return self.settings.batch_size // (self.settings.micro_batch_size * self.machine.ranks.count)
+        return self.settings.batch_size // (self.settings.micro_batch_size * self.machine.ranks.world_size)
 
     def train(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of update `step`. Each is read while the device works on the one before."""

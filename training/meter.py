@@ -19,7 +19,6 @@ class StepResult(NamedTuple):
     """What an update tells: float32 scalars, still on the device."""
 
     loss: Tensor  # mean over this rank's part of the batch
-    own_gradient_norm: Tensor  # of this rank's part of the gradient; 0 with one rank
     gradient_norm: Tensor  # of the batch's gradient, before clipping
 
 
@@ -37,7 +36,7 @@ class Meter:
         self.results: list[StepResult] = []
         self.started, self.waited = time.perf_counter(), self.batches.seconds_waited
 
-    def note_validation(self, loss: float) -> float:
+    def record_validation(self, loss: float) -> float:
         """Keep a validation loss in the progress, and return it; Diverged where it is not finite."""
         progress = self.progress
         check_finite(loss, f"the validation loss is {loss}", progress.step)
@@ -49,18 +48,17 @@ class Meter:
     def add(self, result: StepResult) -> None:
         self.results.append(result)
 
-    def row(self, step: int) -> dict[str, Any]:
+    def finish_row(self, step: int) -> dict[str, Any]:
         """The row of update `step`, the last that was added. Here the host waits for the updates.
         Updates the progress. Diverged where a loss or a gradient of these updates is not finite.
         """
         settings, progress, machine = self.settings, self.progress, self.machine
-        results = machine.ranks.all_gather(torch.stack([torch.stack(result) for result in self.results])).cpu()
-        losses, norms = results[:, :, 0].mean(dim=0).tolist(), results[0, :, 2].tolist()  # of each update
-        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            what = f"the training loss is {loss}, its gradient's norm {norm}"
-            if not math.isfinite(loss + norm):
-                what += culprits(results[:, number, :2], machine)
-            check_finite(loss + norm, what, step - len(losses) + 1 + number)
+        losses = torch.stack([result.loss for result in self.results])
+        machine.ranks.all_reduce([losses])
+        losses = (losses / machine.ranks.world_size).tolist()
+        norms = torch.stack([result.gradient_norm for result in self.results]).tolist()
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=step - len(losses) + 1):
+            check_finite(loss + norm, f"the training loss is {loss}, its gradient's norm {norm}", number)
         seconds = time.perf_counter() - self.started
         tokens = settings.batch_size * settings.block_size  # of a step
         speed, peak = len(losses) * tokens / seconds, machine.peak_flops()
@@ -78,7 +76,7 @@ class Meter:
             "clip_rate": progress.clipped_steps / step,
             "tokens_per_second": speed,
             "data_wait": (self.batches.seconds_waited - self.waited) / seconds,
-            "mfu": speed * self.flops_per_token / (peak * machine.ranks.count) if peak else None,
+            "mfu": speed * self.flops_per_token / (peak * machine.ranks.world_size) if peak else None,
         }
 
 
@@ -96,11 +94,3 @@ def flops_until(step: int, settings: Settings, flops_per_token: float) -> float:
 def check_finite(value: float, what: str, step: int) -> None:
     if not math.isfinite(value):
         raise Diverged(f"{what} at step {step}: stopped")
-
-
-def culprits(parts: Tensor, machine: Machine) -> str:
-    """The ranks whose own part (loss, gradient norm) of a step, a row of `parts`, is not finite where others' are."""
-    bad = (~parts.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if len(bad) in (0, machine.ranks.count):
-        return ""
-    return f", because of {', '.join(map(machine.ranks.name, bad))} alone: is that device in order?"

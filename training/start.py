@@ -81,7 +81,7 @@ def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, 
     for change in changed_settings(checkpoint, settings) if checkpoint else []:
         machine.note(f"resuming with another setting: {change}")
     machine.note(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {machine.ranks.count} x"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {machine.ranks.world_size} x"
         f" {machine.device.type} in {str(machine.dtype)[6:]}, {settings.optimizer}, {settings.batch_size} x"
         f" {settings.block_size} tokens a step,"
         f" steps {checkpoint.progress.step if checkpoint else 0} to {settings.max_iters}"

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from generation import stream
 from torch import Tensor
 
-from generation import stream
-from records.loading import load_model
+from data.tokenizers import Tokenizer
 from run import errors
 from run.machine import find_device
-from tokens.tokenizers import Tokenizer
+from training.pretrained import load_model
 
 RULE = "\n" + "-" * 40  # between texts
 

@@ -12,22 +12,21 @@ import sys
 import torch
 from torch import nn
 
+from data.token_files import TokenData, open_data
 from model import GPT
-from records.checkpoint_writer import CheckpointWriter
-from records.checkpoints import Checkpoint, Progress, last_good
-from records.metrics import Metrics
-from records.run_folder import RunFolder
 from run import errors, randomness, ranks
 from run.machine import Machine, set_up
 from run.settings import Settings, read
 from run.signals import EXIT_CODE, StopSignals
-from tokens.batches import Batches, check_batch
-from tokens.token_files import TokenData, open_data
+from training.batches import Batches, check_batch
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import Checkpoint, Progress, last_good
 from training.curvature import Curvature
 from training.meter import Meter, StepResult
+from training.metrics import Metrics
 from training.optimizers import Optimizer, betas, learning_rate, make_optimizer, parameters
 from training.parallel import form_buckets, wrap
-from training.start import as_used, check_same_job, describe, make_model, resume
+from training.start import RunFolder, as_used, check_same_job, describe, make_model, resume
 
 
 def update(

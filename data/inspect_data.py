@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.token_files import Tokens, check_range, data_folder, open_tokens, read_meta  # noqa: E402
+from data.tokenizers import TOKENIZERS  # noqa: E402
 from run import errors  # noqa: E402
-from tokens.token_files import Tokens, check_range, data_folder, open_tokens, read_meta  # noqa: E402
-from tokens.tokenizers import TOKENIZERS  # noqa: E402
 
 EXCERPT_TOKENS = 100
 

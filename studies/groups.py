@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from records.curves import COLORS, MARKERS
+from plot import COLORS, MARKERS
 from studies.runs import Result, Runner
 from studies.scales import Scale, Settings
 from studies.search import Tuned, search

@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from data.token_files import open_data
 from model import GPT
-from records import metrics
 from run import errors
 from run.settings import ROOT, Settings, complete
-from tokens.batches import check_batch
-from tokens.token_files import open_data
+from training import metrics
+from training.batches import check_batch
 from training.start import shape_of
 
 KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # of the last row of a run's metrics.jsonl

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from records import checkpoints
+from data.tokenizers import GPT2
 from run import errors
 from run.machine import has_compiler
 from run.settings import ROOT
-from tokens.tokenizers import GPT2
+from training import checkpoints
 
 torch.set_num_threads(1)  # the models are too small for more
 

@@ -26,19 +26,19 @@ from typing import Any
 from tests import fake_cuda  # isort: skip - before torch
 
 import torch
+from benchmarks.common import random_tokens
+from records import checkpoint_writer
 from torch._dynamo.utils import counters
+from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 
 import sample
 import train
-from benchmarks.common import random_tokens
 from model import GPT, GPTConfig
-from records import checkpoint_writer
 from run.machine import set_up
 from run.settings import Settings, read
 from tests.conftest import OPTIMIZERS, TINY, arguments, text_dataset
-from tokens.batches import Batches, divisors
+from training.batches import Batches, divisors
 from training.curvature import Curvature
-from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 from training.meter import StepResult
 from training.optimizers import make_optimizer, parameters
 from training.parallel import DataParallel

@@ -12,15 +12,15 @@ import time
 import filelock
 import pytest
 import torch
+from records import checkpoint_writer, checkpoints
 from safetensors.torch import load_file, save_file
 
 import train as script
-from records import checkpoint_writer, checkpoints
-from records.metrics import Metrics, read_rows
-from records.run_folder import RunFolder
 from run import errors
 from run.settings import ROOT, read
 from tests.conftest import TINY, arguments, last_checkpoint, same_weights
+from training.metrics import Metrics, read_rows
+from training.start import RunFolder
 
 
 def reseal(folder):

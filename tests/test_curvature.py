@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.token_files import TokenData, Tokens, open_data
 from model import GPT, GPTConfig
 from run import randomness, settings
 from run.machine import Machine
 from run.ranks import Ranks
 from sophia import hutchinson, labels_from_uniforms, normal_like
 from tests.conftest import COMPILERS, OPTIMIZERS, TINY, arguments, needs_compiler
-from tokens.batches import Batches
-from tokens.token_files import TokenData, Tokens, open_data
 from train import accumulate_gradients
 from training import hessian_product
+from training.batches import Batches
 from training.curvature import Curvature
 from training.parallel import DataParallel
 from training.start import shape_of

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.token_files import Tokens, open_data, pairs
 from run import settings
 from run.errors import RankError, UserError
 from run.machine import Machine
 from tests.conftest import TINY, arguments, write_dataset
-from tokens.batches import Ahead, Batches
-from tokens.token_files import Tokens, open_data, pairs
+from training.batches import Ahead, Batches
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 100_000)
 

@@ -7,14 +7,14 @@ import json
 import math
 from statistics import fmean, stdev
 
+import evaluate
 import pytest
 import torch
 
-import evaluate
+from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from run.errors import UserError
-from tokens.hugging_face import tokenizer_files
-from tokens.tokenizers import TOKENIZERS
+from tools.hugging_face import tokenizer_files
 
 BYTES = TOKENIZERS["bytes"]
 needs_harness = pytest.mark.skipif(

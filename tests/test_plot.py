@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import plot
-from records.curves import PANELS, X_AXES, picture, read_curves
+from plot import PANELS, X_AXES, picture, read_curves
 
 
 @pytest.fixture

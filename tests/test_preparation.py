@@ -21,11 +21,11 @@ import zstandard
 from data import inspect_data
 from data.preparation import sources, writer
 from data.preparation.writer import TextSource, write_data_set
+from data.token_files import open_data
+from data.tokenizers import TOKENIZERS, Bytes
 from run.errors import UserError
 from run.settings import ROOT
 from tests.conftest import write_dataset
-from tokens.token_files import open_data
-from tokens.tokenizers import TOKENIZERS, Bytes
 
 DOCUMENTS = [f"Document number {i}: " + "so it goes, " * (i % 7) for i in range(3000)] + ["", "Ende – fin"]
 SMALL = TextSource("a test", {"train": ["one", "two"], "val": ["three"]})

@@ -10,25 +10,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import evaluate
+import export
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
-import export
-import pretrained
 import sample
 import train as train_script
+from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
-from records.curves import read_curves
-from records.loading import load_model
+from plot import read_curves
 from run.files import write_json
 from run.settings import ROOT
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
-from tokens.hugging_face import tokenizer_files
-from tokens.tokenizers import TOKENIZERS
+from tools.hugging_face import tokenizer_files
+from training import pretrained
+from training.pretrained import load_model
 
 SHAPES = {"30m": (6, 6), "small": (12, 12), "medium": (24, 16), "540m": (30, 18), "large": (36, 20)}  # layers, heads
 TINY = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)

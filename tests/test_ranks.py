@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 import train as script
+from data.token_files import open_data
 from model import GPT, GPTConfig
 from run import errors
 from run.machine import Machine
 from run.ranks import Ranks, meet
 from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUNDS, difference, settings_of, torchrun
-from tokens.token_files import open_data
 from training.parallel import wrap
 from training.start import check_same_job
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sample
+from data.tokenizers import TOKENIZERS
 from run.settings import ROOT
-from tokens.tokenizers import TOKENIZERS
 
 
 def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):

@@ -23,7 +23,7 @@ from run.errors import UserError
 from run.files import MAX_BYTES
 from run.settings import ROOT, read
 from tests.conftest import TINY, arguments, write_dataset
-from tokens.batches import check_batch
+from training.batches import check_batch
 from training.optimizers import learning_rate
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.token_files import open_data, pairs
 from model import GPT, GPTConfig
-from records import metrics
 from run import errors
 from run.settings import ROOT
 from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
-from tokens.token_files import open_data, pairs
+from training import metrics
 from training.optimizers import parameter_groups
 
 

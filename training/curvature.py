@@ -9,7 +9,7 @@ from run import randomness
 from run.machine import Machine
 from run.settings import Settings
 from sophia import labels_from_uniforms, normal_like
-from tokens.batches import Batches
+from training.batches import Batches
 from training.hessian_product import HessianProduct
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from records.checkpoints import Progress
 from run.errors import Diverged
 from run.machine import Machine
 from run.settings import Settings
-from tokens.batches import Batches
+from training.batches import Batches
+from training.checkpoints import Progress
 from training.optimizers import learning_rate
 
 

@@ -1,18 +1,66 @@
-"""The beginning of a run: the model it starts from, and what it says of itself."""
+"""The beginning of a run: its folder, the model it starts from, and what it says of itself."""
 
 import dataclasses
 import sys
+from pathlib import Path
 
-import torch
+import filelock
 
-import pretrained
+from data.token_files import TokenData
 from model import GPT, GPTConfig
-from records.checkpoints import Checkpoint, Progress, changed_settings, refuse_other_run
 from run.errors import RankError, UserError
+from run.files import write_json
 from run.machine import Machine
 from run.settings import Settings
-from tokens.token_files import TokenData
-from training.optimizers import load_state
+from training import checkpoints, metrics, pretrained
+from training.checkpoint_writer import set_aside
+from training.checkpoints import Checkpoint, Progress, changed_settings, refuse_other_run
+from training.optimizers import Optimizer, load_state
+
+
+class RunFolder:
+    """Rank 0's hold on the folder; to be used as a context, at the end of which it lets go."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.path = Path(settings.out_dir)
+        self._found = checkpoints.folders(self.path)
+        self._lock = filelock.FileLock(self.path / ".lock", blocking=False)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def checkpoint_to_resume(self) -> Checkpoint | None:
+        """What `init_from` asks for. Refuses a folder that holds another run, and writes nothing."""
+        source = self.settings.init_from
+        if source == "resume" or (source == "auto" and self._found):
+            return checkpoints.newest(self.path)
+        if not self._found or self.settings.eval_only:
+            return None
+        if source != "scratch" and (checkpoint := checkpoints.newest(self.path)).progress.started_from == source:
+            return checkpoint  # the run that began with these weights
+        raise UserError(f"{self.path} holds a run already: go on with --init_from=resume, or take another --out_dir")
+
+    def begin(self, checkpoint: Checkpoint | None, settings: Settings) -> None:
+        """Make the folder ready for the updates after `checkpoint`, or for those of a new run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            if checkpoints.folders(self.path) != self._found:
+                raise UserError(f"another run has written to {self.path} meanwhile: start again")
+            metrics.drop_rows_after(self.path / metrics.FILE, checkpoint.progress.step if checkpoint else -1)
+            if checkpoint:
+                set_aside(self.path, checkpoint.progress.step)
+            write_json(self.path / "settings.json", dataclasses.asdict(settings))
+        except filelock.Timeout:
+            raise UserError(
+                f"another run is writing to {self.path}: stop it first, or choose another --out_dir"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"out_dir = {self.path} cannot be written to: {error}") from None
 
 
 def check_same_job(settings: Settings, data: TokenData, machine: Machine) -> None:
@@ -65,7 +113,7 @@ def as_used(settings: Settings, model: GPT, checkpoint: Checkpoint | None) -> Se
     return dataclasses.replace(settings, init_from="scratch" if begun == "auto" else begun, **shape)
 
 
-def resume(checkpoint: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer, machine: Machine) -> Progress:
+def resume(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer, machine: Machine) -> Progress:
     """Give the optimizer the checkpoint's state, on every rank. Returns how far the run is."""
     state = checkpoint.optimizer_state(model) if machine.ranks.is_main else {}
     load_state(model, optimizer, state, machine.ranks)

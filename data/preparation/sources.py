@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 
 from data.preparation.writer import Source, TextBatch, write_data_set
+from data.tokenizers import TOKENIZERS
 from run.errors import Parser, UserError
 from run.settings import ROOT
-from tokens.tokenizers import TOKENIZERS
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 SPLIT_SEED = 2357  # nanoGPT's

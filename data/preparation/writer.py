@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import filelock
 from tqdm import tqdm
 
+from data.token_files import PROGRESS
+from data.tokenizers import Tokenizer
 from run.errors import UserError
 from run.files import flush, read_json, write_json
-from tokens.token_files import PROGRESS
-from tokens.tokenizers import Tokenizer
 
 SPLITS = ("train", "val")
 TOKENS_BETWEEN_NOTES = 2**21  # of progress: after a kill, about so many tokens are made again

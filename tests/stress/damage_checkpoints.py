@@ -18,9 +18,9 @@ import torch
 
 import train
 from model import GPT
-from records import checkpoints
 from run.errors import UserError
 from tests.conftest import TINY, arguments, text_dataset
+from training import checkpoints
 
 NAMES = (*checkpoints.FILES, checkpoints.SUMS)
 

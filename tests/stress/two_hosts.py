@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import checkpoints
 from run.settings import ROOT
 from tests.conftest import TINY, arguments, same_weights, text_dataset
+from training import checkpoints
 
 CABLE = "cable"  # the network interface of each host
 ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}

@@ -1,10 +1,14 @@
-"""Our training beside other projects': the same weights, batches and labels, and how far the losses part."""
+"""Our training beside other projects': the same weights, batches and labels, and how far the losses part.
+
+python -m studies.parity --peer DIR …     checkouts of nanoGPT or the released Sophia; others are settings
+"""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import json
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,29 +17,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benchmarks import peers
-from benchmarks.step import our_update
-from run.errors import UserError
-from run.machine import Machine
-from run.settings import OPTIMIZER_DEFAULTS, Settings
+from data.token_files import open_data
+from run import errors
+from run.machine import Machine, set_up
+from run.settings import OPTIMIZER_DEFAULTS, Settings, read
 from sophia import labels_from_uniforms
-from studies.groups import markdown_table
-from tokens.batches import Batches
-from tokens.token_files import open_data
-from training.optimizers import betas, learning_rate
+from studies import peers
+from train import update
+from training.batches import Batches
+from training.curvature import Curvature
+from training.optimizers import betas, learning_rate, make_optimizer
+from training.start import make_model
 
 STEPS = 100
 SHOWN = (1, 3, 10, 30, 100)  # the steps whose losses are printed
 
 
-def parity(options: Namespace, settings: Settings, machine: Machine) -> dict[str, Any]:
-    """Training losses of ours and of each peer over STEPS updates, in float32 and eager."""
-    if not options.peer:
-        raise UserError("parity needs --peer DIR …: checkouts of nanoGPT or of the released Sophia")
-    machine = dataclasses.replace(machine, dtype=torch.float32, compile=False)
-    return {"dtype": "float32", "compile": False} | {
-        folder.resolve().name: compare(folder, settings, machine) for folder in options.peer
-    }
+def main() -> None:
+    parser = errors.Parser(__doc__)
+    parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", required=True, help="what to compare with")
+    options, arguments = parser.parse_known_args()
+    settings = read(arguments)
+    machine = dataclasses.replace(set_up(settings), dtype=torch.float32, compile=False)
+    print(json.dumps({folder.resolve().name: compare(folder, settings, machine) for folder in options.peer}))
 
 
 def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any]:
@@ -48,7 +52,8 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
     settings = dataclasses.replace(settings, **chosen, warmup_iters=STEPS // 10)
     data = open_data(settings.dataset, settings.block_size)
     torch.manual_seed(settings.seed)
-    update, ours, optimizer = our_update(settings, machine, data)
+    ours, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
+    optimizer, curvature = make_optimizer(ours, settings, machine), Curvature(ours, settings, machine, batches)
     with contextlib.redirect_stdout(sys.stderr):  # where peers may print what they like
         model = peers.model(settings, folder, data.padded_vocab_size).to(machine.device)
     model.transformer.load_state_dict(ours.state_dict(), strict=False)  # the released model has masks besides
@@ -58,21 +63,13 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
         group | {"params": [theirs[names[param]] for param in group["params"]]} for group in optimizer.param_groups
     ]
     losses = their_losses(model, peers.optimizer(groups, settings, folder), settings, Batches(data, settings, machine))
-    pairs = [(update(step).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
+    step_of = functools.partial(update, model=ours, optimizer=optimizer, batches=batches, curvature=curvature)
+    pairs = [(step_of(step, machine=machine).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
     return {
         "optimizer": name,
         "losses": {step: pairs[step - 1] for step in SHOWN},
         "largest_difference_until": {step: max(abs(a - b) for a, b in pairs[:step]) for step in SHOWN},
     }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    rows = [
-        [name, peer["optimizer"], *(f"{peer['largest_difference_until'][str(step)]:.1g}" for step in SHOWN)]
-        for name, peer in result.items()
-        if isinstance(peer, dict)
-    ]
-    return markdown_table("peer | optimizer | until step " + " | ".join(map(str, SHOWN)), rows)
 
 
 def their_losses(
@@ -100,3 +97,7 @@ def their_losses(
         optimizer.step(**tokens)
         optimizer.zero_grad()
         yield total
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run.errors import UserError, warn
 from run.files import read_json, read_small
 from run.settings import Settings, shorten
-from tokens.token_files import TokenData
 from training.optimizers import STATE
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")

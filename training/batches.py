@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.token_files import TokenData, chunks, pairs
 from run import randomness
 from run.machine import Machine
 from run.settings import Settings, require_multiple
-from tokens.token_files import TokenData, chunks, pairs
 
 
 @dataclass

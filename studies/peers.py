@@ -11,10 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.tokenizers import GPT2
 from run.errors import UserError
 from run.machine import Machine, set_matmul_precision
 from run.settings import Settings
-from tokens.tokenizers import GPT2
 
 NOTES = [
     "nanoGPT's optimizer is AdamW and the released Sophia's is Sophia-G, whatever ours is",

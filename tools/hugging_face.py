@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from data.tokenizers import Tokenizer
 from run.errors import UserError
-from tokens.tokenizers import Tokenizer
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in GPT-2's files
 LETTERS = {byte: chr(byte) for byte in PRINTABLE}

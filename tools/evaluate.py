@@ -1,26 +1,28 @@
-"""Few-shot accuracy of trained models, by EleutherAI's lm-evaluation-harness (docs/evaluation.md).
+"""Few-shot accuracy of trained models, by EleutherAI's lm-evaluation-harness (docs/weights.md).
 
-python evaluate.py out/gpt2_small_adamw out/gpt2_small_sophiag -o results.json
-python evaluate.py out/gpt2_small_sophiag --tasks=lambada_openai,hellaswag --shots=0
+    python -m tools.evaluate out/gpt2_small_adamw out/gpt2_small_sophiag -o results.json
+    python -m tools.evaluate out/gpt2_small_sophiag --tasks=lambada_openai,hellaswag --shots=0
+
+A model is written to a temporary folder as tools.export writes it, and the harness reads it as it reads any other.
 """
 
 import importlib.util
 import logging
 import math
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
-from records.loading import load_model
 from run import errors
 from run.files import write_json
 from run.machine import find_device
 from run.settings import ROOT
+from tools.export import write_model
+from training.pretrained import load_model
 
-TASKS = ROOT / "evaluation" / "tasks"
+TASKS = ROOT / "tools" / "tasks"
 SUPERGLUE = [f"superglue_{name}" for name in ("boolq", "cb", "copa", "rte")]
 SEED = 1234  # of the examples shown; the harness's own
 Tasks = dict[str, list]  # by the task's name the harness's tasks, one for each prompt
@@ -42,17 +44,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
-        raise errors.UserError("lm_eval is not installed: pip install -r requirements-eval.txt")
+        raise errors.UserError("lm_eval is not installed: pip install .[eval]")
     if options.output and not options.output.absolute().parent.is_dir():
         raise errors.UserError(f"-o: the folder {options.output.parent} does not exist")
 
-    device = find_device(options.device)
-    for model in options.models:
-        load(model, device, options.batch_size)  # what is wrong with a model is better known now than after an hour
-    tasks = load_tasks(options.tasks.split(","), options.data, options.shots)
-    results = {
-        model: scores(*load(model, device, options.batch_size), tasks, options.limit) for model in options.models
-    }
+    device = str(find_device(options.device))
+    with tempfile.TemporaryDirectory() as scratch:
+        # what is wrong with a model is better known now than after an hour
+        folders = {name: Path(scratch, str(number)) for number, name in enumerate(options.models)}
+        weights = {name: export(name, folder) for name, folder in folders.items()}
+        tasks = load_tasks(options.tasks.split(","), options.data, options.shots)
+        results = {}
+        for name, folder in folders.items():
+            found = scores(folder, tasks, device, options.batch_size, options.limit)
+            results[name] = {"weights": weights[name], "tasks": found}
     print(table(results))
     if options.output:
         about = {"lm_eval": version("lm_eval"), "shots": options.shots, "limit": options.limit}
@@ -62,13 +67,13 @@ def main() -> None:
             raise errors.UserError(f"cannot write {options.output}: {error.strerror}") from None
 
 
-def load(model: str, device: torch.device, batch_size: int) -> tuple[Any, str]:
-    """The model for the harness, and what its weights are called."""
-    from evaluation.harness import HarnessModel
-
+def export(model: str, folder: Path) -> str:
+    """Write a run's, a checkpoint's or another program's model for the harness. Returns what its weights are called."""
     is_run = Path(model).is_dir() and not (Path(model) / "config.json").is_file()
-    network, tokenizer, weights = load_model(model if is_run else None, None if is_run else model, device)
-    return HarnessModel(network, tokenizer, batch_size), weights
+    network, tokenizer, weights = load_model(model if is_run else None, None if is_run else model)
+    folder.mkdir()
+    write_model(network, tokenizer, folder)
+    return weights
 
 
 def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
@@ -91,8 +96,6 @@ def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
             raise errors.UserError(f"the data of {name} cannot be had ({error.__cause__ or error}){hint}") from None
         tasks |= {name: [*leaves.values()]} if name in SUPERGLUE else {leaf: [task] for leaf, task in leaves.items()}
     for name, task in ((name, task) for name, prompts in tasks.items() for task in prompts):
-        if task.OUTPUT_TYPE == "generate_until":
-            raise errors.UserError(f"--tasks: in {name} a model writes text; here it only scores given answers")
         if shots and (count := len(task.sampler.fewshot_docs())) <= shots:
             raise errors.UserError(f"--shots {shots}: {name} has only {count} examples, which must be more")
         if task.get_config("num_fewshot") != 0:  # as the harness does: some tasks have their examples in the prompt
@@ -118,11 +121,13 @@ def local_prompts(name: str, data: Path) -> list[dict[str, Any]]:
     return [shared | prompt | source | {"task": f"{name}::{prompt['task']}"} for prompt in group["task"]]
 
 
-def scores(model: Any, weights: str, tasks: Tasks, limit: int | None) -> dict[str, Any]:
+def scores(folder: Path, tasks: Tasks, device: str, batch_size: int, limit: int | None) -> dict[str, Any]:
     """The metrics of each task and their standard errors; of a task with several prompts the mean over them."""
     from lm_eval.api.metrics import mean
     from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
 
+    model = HFLM(pretrained=str(folder), device=device, dtype="float32", batch_size=batch_size)
     leaves = {task.task_name: task for prompts in tasks.values() for task in prompts}
     for task in leaves.values():
         task.set_fewshot_seed(SEED)  # every model and every prompt shows the same examples
@@ -148,7 +153,7 @@ def scores(model: Any, weights: str, tasks: Tasks, limit: int | None) -> dict[st
                 entry[f"{metric}_of_prompts"] = each
     if set(SUPERGLUE) <= entries.keys():
         entries["superglue"] = average([entries[name] for name in SUPERGLUE])
-    return {"weights": weights, "tasks": entries}
+    return entries
 
 
 def average(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Write a run's checkpoint as a Hugging Face GPT-2, with its tokenizer and a model card.
 
-python export.py --out_dir=out/gpt2_small_sophiag --to=my_gpt2                                  the newest
-python export.py --out_dir=out/gpt2_small_sophiag/checkpoints/step_00090000 --to=my_gpt2        another one
+python -m tools.export --out_dir=out/gpt2_small_sophiag --to=my_gpt2                             the newest
+python -m tools.export --out_dir=out/gpt2_small_sophiag/checkpoints/step_00090000 --to=my_gpt2   another one
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from data.tokenizers import TOKENIZERS, Tokenizer
 from model import GPT
-from pretrained import write_hugging_face
-from records import checkpoints, curves, metrics
+from plot import picture, read_curves
 from run import errors
 from run.files import write_json
 from run.settings import Settings
-from tokens.hugging_face import tokenizer_files
-from tokens.tokenizers import TOKENIZERS
+from tools.hugging_face import tokenizer_files
+from training import checkpoints, metrics
+from training.pretrained import write_hugging_face
 
 CARD = """\
 ---
@@ -57,21 +58,25 @@ def main() -> None:
     checkpoint = checkpoints.find(options.out_dir)
     model, tokenizer = GPT(checkpoint.config), TOKENIZERS[checkpoint.tokenizer]
     checkpoint.load_model(model)
-    files = tokenizer_files(tokenizer, model.config.block_size)
     run = checkpoint.folder.parent.parent
-    curve = curves.read_curves([run])[0] if (run / metrics.FILE).is_file() else None
+    curve = read_curves([run])[0] if (run / metrics.FILE).is_file() else None
     card = model_card(checkpoint, curve.runs[0] if curve else {}, sum(p.numel() for p in model.parameters()))
     try:
         options.to.mkdir(parents=True)
         if curve:
-            curves.picture([curve]).savefig(options.to / "curves.png", dpi=200)
+            picture([curve]).savefig(options.to / "curves.png", dpi=200)
         (options.to / "README.md").write_text(card, encoding="utf-8")
-        for name, content in files.items():
-            write_json(options.to / name, content)
-        write_hugging_face(model, options.to, tokenizer.vocab_size, tokenizer.end_of_text)
+        write_model(model, tokenizer, options.to)
     except (OSError, ValueError, SafetensorError) as error:
         raise errors.UserError(f"--to={options.to} cannot be written: {error}") from None
     print(options.to.resolve())
+
+
+def write_model(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """The model and its tokenizer as files of Hugging Face."""
+    for name, content in tokenizer_files(tokenizer, model.config.block_size).items():
+        write_json(folder / name, content)
+    write_hugging_face(model, folder, tokenizer.vocab_size, tokenizer.end_of_text)
 
 
 def model_card(checkpoint: checkpoints.Checkpoint, rows: dict[int, dict[str, Any]], parameters: int) -> str:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
 from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json, write_json
-from tokens.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
+from training import checkpoints
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
@@ -57,6 +58,21 @@ def load_with_tokenizer(source: str, block_size: int | None = None, dropout: flo
         if fits(tokenizer, vocab_size) and LANDMARKS[name] in entries:
             return model, tokenizer
     raise BadWeights(f"{source} has a vocabulary of {vocab_size} tokens that is unknown here: must be {KNOWN}")
+
+
+def load_model(out_dir: str | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
+    """A trained model to use, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
+    `load` reads, or else the checkpoint that `out_dir` names. UserError where there is none.
+    """
+    if init_from is not None:
+        model, tokenizer = load_with_tokenizer(init_from)
+        name = init_from
+    else:
+        checkpoint = checkpoints.find(Path(out_dir or "out"))
+        model, name = GPT(checkpoint.config), str(checkpoint.folder)
+        checkpoint.load_model(model)
+        tokenizer = TOKENIZERS[checkpoint.tokenizer]
+    return model.eval(), tokenizer, name
 
 
 def local(source: str) -> Path:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.tokenizers import GPT2, KNOWN, TOKENIZERS, fits
 from run import randomness
 from run.errors import RankError, UserError
 from run.files import read_json
 from run.settings import ROOT
-from tokens.tokenizers import GPT2, KNOWN, TOKENIZERS, fits
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24

@@ -1,7 +1,7 @@
 """The first minutes on a new GPU machine: the tests that need CUDA, then 30 steps of every optimizer at 125M.
 
     make gpu-check
-    python -m benchmarks.gpu_check [--name=value …]     the same with other settings, for every optimizer
+    python -m tools.gpu_check [--name=value …]     the same with other settings, for every optimizer
 
 Prints one screen, and writes its figures to gpu_check.json in out_dir (out). Ends with 1 where anything failed.
 """
@@ -15,13 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step
-from benchmarks.common import WARM_UP, describe
 from run import errors
 from run.files import write_json
 from run.machine import Machine, set_up
 from run.settings import ROOT, Settings, read
-from tokens.batches import check_batch
+from tools.benchmark import WARM_UP, describe, train
+from training.batches import check_batch
 
 STEPS = 30
 # An eighth of the paper's batch, and so of its sequences for curvature, in passes meant for 24 GB
@@ -50,16 +49,15 @@ def measure_steps(settings: Settings, machine: Machine) -> dict[str, Any]:
     steps_of_a_round = 2 if settings.uses_curvature else 1  # with an estimate, and without
     options = Namespace(peer=[], rounds=STEPS // steps_of_a_round - WARM_UP)
     try:
-        result = step.train(options, settings, machine)
+        result = train(options, settings, machine)
     except errors.UserError as error:
         return {"error": f"FAILED: {errors.one_line(str(error))}"}
     mfu, peak = result["mfu_ours"], result["peak_bytes_ours"]
     return {
         "tokens_per_s": round(result["tokens_per_second_ours"]),
         "mfu": mfu and round(mfu, 3),
-        "of_matmul": round(result["mfu_of_matmul_rate_ours"], 3),
-        "peak_gb": peak and round(peak / 1e9, 1),
-        "curvature": round(result.get("curvature_share_ours", 0), 3),
+        "peak_gb": round(peak / 1e9, 1),
+        "curvature": round(result["curvature_share_ours"], 3),
         "first_step_s": round(result["seconds_to_first_step_ours"]),
     }
 
@@ -84,7 +82,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "date": datetime.now().isoformat(" ", "minutes"),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments]),
+        "command": shlex.join(["python", "-m", "tools.gpu_check", *arguments]),
         **describe(machine),
         "step": f"{settings.batch_size} x {settings.block_size} tokens, micro_batch_size {settings.micro_batch_size}",
         **run_tests(machine.device.type),

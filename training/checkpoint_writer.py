@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.token_files import TokenData
 from model import GPT
-from records.checkpoints import FILES, SUMS, Progress, checksum, folders, last_good, step_of
 from run.errors import Unwritten, is_out_of_memory, warn
 from run.files import flush, write_json
 from run.machine import Machine
 from run.settings import Settings
-from tokens.token_files import TokenData
+from training.checkpoints import FILES, SUMS, Progress, checksum, folders, last_good, step_of
 from training.optimizers import Optimizer, state_by_name
 
 

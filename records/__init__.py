@@ -1,1 +1,0 @@
-"""What a run leaves behind in its folder: checkpoints and metrics."""

@@ -18,7 +18,8 @@ class Lion(torch.optim.Optimizer):
 
     params: parameters or parameter groups. lr: the step of every coordinate, a number or a tensor; its authors advise
     3 to 10 times less than AdamW's, and as many times more weight decay. compile: fuse the update with torch.compile;
-    the numbers are the same. State: `exp_avg`. Raises ValueError for a hyperparameter out of its range.
+    float32 numbers are the same up to rounding. State: `exp_avg`. Raises ValueError for a hyperparameter out of its
+    range, for parameters, gradients and state that do not fit, and RuntimeError for sparse ones.
     """
 
     def __init__(

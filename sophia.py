@@ -69,10 +69,11 @@ class _Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, estimate: Iterable[Tensor]) -> None:
-        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1].
+        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1], but not where it is inf or NaN.
 
         estimate: one tensor for each of the optimizer's parameters, in their order and of their shapes. Call it
-        before the `step` it is meant for. Raises ValueError where number or shapes do not fit.
+        before the `step` it is meant for. Raises ValueError where number or shapes do not fit, RuntimeError for a
+        sparse tensor.
         """
         estimate = list(estimate)
         _check(self.state, self.param_groups, estimate)
@@ -135,8 +136,9 @@ class SophiaG(_Sophia):
     params: parameters or parameter groups. lr: the largest step of a coordinate, a number or a tensor. betas: decay of
     the momentum a step, and of the Hessian diagonal an estimate. rho: the larger, the fewer coordinates are clipped.
     weight_decay: decoupled (times lr). eps: least denominator. compile: fuse the update with torch.compile (needs a
-    C++ compiler on a CPU, Triton on a GPU); the numbers are the same. State: `exp_avg` and `hessian`, like their
-    parameter. Raises ValueError for a hyperparameter out of its range. Source: arXiv 2305.14342, algorithms 2 and 3.
+    C++ compiler on a CPU, Triton on a GPU); float32 numbers are the same up to rounding. State: `exp_avg` and
+    `hessian`, like their parameter. Raises ValueError for a hyperparameter out of its range, for parameters, gradients
+    and state that do not fit, and RuntimeError for sparse ones. Source: arXiv 2305.14342, algorithms 2 and 3.
     """
 
     def __init__(

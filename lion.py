@@ -18,7 +18,8 @@ class Lion(torch.optim.Optimizer):
 
     params: parameters or parameter groups. lr: the step of every coordinate, a number or a tensor; its authors advise
     3 to 10 times less than AdamW's, and as many times more weight decay. compile: fuse the update with torch.compile;
-    the numbers are the same. State: `exp_avg`. Raises ValueError for a hyperparameter out of its range.
+    float32 numbers are the same up to rounding. State: `exp_avg`. Raises ValueError for a hyperparameter out of its
+    range, for parameters, gradients and state that do not fit, and RuntimeError for sparse ones.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Lion(torch.optim.Optimizer):
         self._compile = compile
 
     def __setstate__(self, state):
+        _check(state["state"], state["param_groups"])
         super().__setstate__(state)
         self.__dict__.setdefault("_compile", False)  # a copied or unpickled optimizer takes the plain path
 
@@ -57,26 +59,44 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _check(self.state, self.param_groups)
+        # A compiled update takes 0-d tensors: a number would be baked in and compiled anew when it changes.
+        number = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu") if self._compile else float
         groups = []
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            if any(param.grad.is_sparse for param in params):
-                raise RuntimeError("Lion does not support sparse gradients")
             for param in params:
                 if not self.state[param]:
                     self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            exp_avgs = [self.state[param]["exp_avg"] for param in params]
-            lr = group["lr"]
-            # A compiled update takes lr as a 0-d tensor: a number would be baked in and compiled anew when it changes.
-            lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu") if self._compile else float(lr)
-            groups.append(
-                (params, [param.grad for param in params], exp_avgs, lr, *group["betas"], group["weight_decay"])
-            )
+            lists = params, [param.grad for param in params], [self.state[param]["exp_avg"] for param in params]
+            groups.append((*lists, *map(number, (group["lr"], *group["betas"], group["weight_decay"]))))
         update = _compiled(_lion_update) if self._compile else _lion_update
         update(groups)
         return loss
+
+
+def _check(state: dict, groups: list[dict]) -> None:
+    """Raise, before anything changes, for what an update cannot use."""
+    for group in groups:
+        if missing := {"lr", "betas", "weight_decay"} - group.keys():
+            raise ValueError(f"a parameter group lacks {', '.join(sorted(missing))}: it is another optimizer's")
+    for number, param in enumerate(param for group in groups for param in group["params"]):
+        known = state.get(param, {})
+        if known and known.keys() != {"exp_avg"}:
+            raise ValueError(f"the state of parameter {number} is {', '.join(known)}, not exp_avg: another optimizer's")
+        if not param.is_floating_point():
+            raise ValueError(f"parameter {number} is {param.dtype}: only real floating-point ones can be trained")
+        for what, value in {"gradient": param.grad, **known}.items():
+            if value is None:
+                continue
+            if value.layout is not torch.strided:
+                raise RuntimeError(f"{what} {number} is sparse: make it dense (Embedding(..., sparse=False))")
+            if value.shape != param.shape:
+                raise ValueError(f"{what} {number} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+            if value.dtype != param.dtype:
+                raise ValueError(f"{what} {number} is {value.dtype}, its parameter {param.dtype}: cast it")
 
 
 @functools.cache
@@ -86,9 +106,17 @@ def _compiled(update: Callable) -> Callable:
 
 def _lion_update(groups: list[tuple]) -> None:
     for params, grads, exp_avgs, lr, beta1, beta2, weight_decay in groups:
-        updates = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
+        updates = _lerp(exp_avgs, grads, 1 - beta1)
         torch._foreach_sign_(updates)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_mul_(updates, lr)
         torch._foreach_sub_(params, updates)
-        torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
+        _lerp(exp_avgs, grads, 1 - beta2, in_place=True)
+
+
+def _lerp(starts: list[Tensor], ends: list[Tensor], weight: float | Tensor, in_place: bool = False):
+    """torch._foreach_lerp for weights that are tensors too, which torch's own would bake into compiled code."""
+    if not isinstance(weight, Tensor):
+        return (torch._foreach_lerp_ if in_place else torch._foreach_lerp)(starts, ends, weight)
+    results = torch._foreach_add(torch._foreach_mul(starts, 1 - weight), torch._foreach_mul(ends, weight))
+    return torch._foreach_copy_(starts, results) if in_place else results

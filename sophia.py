@@ -40,6 +40,7 @@ class _Sophia(torch.optim.Optimizer):
         self._compile = compile
 
     def __setstate__(self, state):
+        _check(state["state"], state["param_groups"])
         super().__setstate__(state)
         self.__dict__.setdefault("_compile", False)  # a copied or unpickled optimizer takes the plain path
 
@@ -68,21 +69,19 @@ class _Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, estimate: Iterable[Tensor]) -> None:
-        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1].
+        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1], but not where it is inf or NaN.
 
         estimate: one tensor for each of the optimizer's parameters, in their order and of their shapes. Call it
-        before the `step` it is meant for. Raises ValueError where number or shapes do not fit.
+        before the `step` it is meant for. Raises ValueError where number or shapes do not fit, RuntimeError for a
+        sparse tensor.
         """
-        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         estimate = list(estimate)
-        if len(estimate) != len(pairs):
-            raise ValueError(f"the estimate has {len(estimate)} tensors, the optimizer {len(pairs)} parameters")
-        for i, ((_, param), value) in enumerate(zip(pairs, estimate, strict=True)):
-            if value.shape != param.shape:
-                raise ValueError(f"estimate {i} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+        _check(self.state, self.param_groups, estimate)
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         for (group, param), value in zip(pairs, estimate, strict=True):
             hessian = self._state_of(param)["hessian"]
-            hessian.lerp_(value.to(hessian.dtype), 1 - group["betas"][1])
+            value = value.to(hessian)
+            hessian.lerp_(value.where(value.isfinite(), hessian), 1 - group["betas"][1])
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -91,23 +90,21 @@ class _Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _check(self.state, self.param_groups)
+        # A compiled update takes 0-d tensors: a number would be baked in and compiled anew when it changes.
+        number = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu") if self._compile else float
         groups = []
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            if any(param.grad.is_sparse for param in params):
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             states = [self._state_of(param) for param in params]
-            lr = group["lr"]
-            # A compiled update takes lr as a 0-d tensor: a number would be baked in and compiled anew when it changes.
-            lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu") if self._compile else float(lr)
             grads = [param.grad for param in params]
             exp_avgs, hessians = ([state[name] for state in states] for name in ("exp_avg", "hessian"))
             # in float16 the eps of float32 would be 0
-            eps = max(group["eps"], *(torch.finfo(param.dtype).tiny for param in params))
-            numbers = lr, group["betas"][0], group["rho"], group["weight_decay"], eps
-            groups.append((params, grads, exp_avgs, hessians, *numbers))
+            eps = {dtype: number(max(group["eps"], torch.finfo(dtype).tiny)) for dtype in {p.dtype for p in params}}
+            numbers = map(number, (group["lr"], group["betas"][0], group["rho"], group["weight_decay"]))
+            groups.append((params, grads, exp_avgs, hessians, [eps[param.dtype] for param in params], *numbers))
         update = _compiled(_sophia_update) if self._compile else _sophia_update
         update(groups)
         return loss
@@ -124,8 +121,10 @@ class _Sophia(torch.optim.Optimizer):
             torch._foreach_add_(excess, [state["hessian"] for state in states], alpha=-group["rho"])
             torch._foreach_sign_(excess)
             torch._foreach_clamp_max_(excess, 0)
-            wide = torch.float32 if excess[0].device.type == "mps" else torch.float64  # which MPS lacks
-            count = torch.stack(torch._foreach_norm(excess, 1, dtype=wide)).sum()
+            device = excess[0].device
+            wide = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+            counts = [count.to(device) for count in torch._foreach_norm(excess, 1, dtype=wide)]
+            count = torch.stack(counts).sum()
             unclipped += count.full_tensor() if is_sharded(count) else count
             total += sum(each.numel() for each in excess)
         return float(unclipped) / max(total, 1)
@@ -137,8 +136,9 @@ class SophiaG(_Sophia):
     params: parameters or parameter groups. lr: the largest step of a coordinate, a number or a tensor. betas: decay of
     the momentum a step, and of the Hessian diagonal an estimate. rho: the larger, the fewer coordinates are clipped.
     weight_decay: decoupled (times lr). eps: least denominator. compile: fuse the update with torch.compile (needs a
-    C++ compiler on a CPU, Triton on a GPU); the numbers are the same. State: `exp_avg` and `hessian`, like their
-    parameter. Raises ValueError for a hyperparameter out of its range. Source: arXiv 2305.14342, algorithms 2 and 3.
+    C++ compiler on a CPU, Triton on a GPU); float32 numbers are the same up to rounding. State: `exp_avg` and
+    `hessian`, like their parameter. Raises ValueError for a hyperparameter out of its range, for parameters, gradients
+    and state that do not fit, and RuntimeError for sparse ones. Source: arXiv 2305.14342, algorithms 2 and 3.
     """
 
     def __init__(
@@ -172,6 +172,33 @@ class SophiaH(_Sophia):
         compile: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, rho, weight_decay, eps, compile)
+
+
+def _check(state: dict, groups: list[dict], estimate: list[Tensor] | None = None) -> None:
+    """Raise, before anything changes, for what an update cannot use."""
+    for group in groups:
+        if missing := {"lr", "betas", "rho", "weight_decay", "eps"} - group.keys():
+            raise ValueError(f"a parameter group lacks {', '.join(sorted(missing))}: it is another optimizer's")
+    params = [param for group in groups for param in group["params"]]
+    estimate = [None] * len(params) if estimate is None else estimate
+    if len(estimate) != len(params):
+        raise ValueError(f"the estimate has {len(estimate)} tensors, the optimizer {len(params)} parameters")
+    for number, param in enumerate(params):
+        known = state.get(param, {})
+        if known and known.keys() != {"exp_avg", "hessian"}:
+            names = ", ".join(known)
+            raise ValueError(f"the state of parameter {number} is {names}, not exp_avg, hessian: another optimizer's")
+        if not param.is_floating_point():
+            raise ValueError(f"parameter {number} is {param.dtype}: only real floating-point ones can be trained")
+        for what, value in {"estimate": estimate[number], "gradient": param.grad, **known}.items():
+            if value is None:
+                continue
+            if value.layout is not torch.strided:
+                raise RuntimeError(f"{what} {number} is sparse: make it dense (Embedding(..., sparse=False))")
+            if value.shape != param.shape:
+                raise ValueError(f"{what} {number} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+            if value.dtype != param.dtype and what != "estimate":
+                raise ValueError(f"{what} {number} is {value.dtype}, its parameter {param.dtype}: cast it")
 
 
 def from_released(state_dict: dict, batch_tokens: float) -> dict:
@@ -208,8 +235,12 @@ def _compiled(update: Callable) -> Callable:
 
 def _sophia_update(groups: list[tuple]) -> None:
     # Over whole lists at once: eager it is a few launches, compiled it is one pass over the memory.
-    for params, grads, exp_avgs, hessians, lr, beta1, rho, weight_decay, eps in groups:
-        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    for params, grads, exp_avgs, hessians, eps, lr, beta1, rho, weight_decay in groups:
+        if isinstance(beta1, Tensor):  # which lerp would bake in
+            torch._foreach_mul_(exp_avgs, beta1)
+            torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - beta1))
+        else:
+            torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
         denominators = torch._foreach_mul(hessians, rho)
         torch._foreach_clamp_min_(denominators, eps)
         updates = torch._foreach_div(exp_avgs, denominators)
@@ -223,11 +254,12 @@ def _sophia_update(groups: list[tuple]) -> None:
 def sample_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Labels drawn from softmax(logits): logits (..., V) of any floating dtype give int64 labels (...).
 
-    For engines that need `.backward()` (FSDP2, DeepSpeed): take the gradient of the mean cross-entropy against these
-    labels yourself; B * grad * grad, B the number of labels, is the estimate for `update_hessian`.
+    For engines that need `.backward()` (DDP, FSDP2, DeepSpeed): take the gradient of the mean cross-entropy against
+    these labels yourself; B * grad * grad, B the number of labels, is the estimate for `update_hessian`. Under float16
+    take the gradient of the sum: grad * grad / B is the same, and the small gradients of a mean would be lost.
     """
     device = generator.device if generator is not None else logits.device
-    uniforms = torch.rand(2, *logits.shape[:-1], generator=generator, device=device)
+    uniforms = torch.rand(2, *logits.shape[:-1], generator=generator, dtype=torch.float32, device=device)
     return labels_from_uniforms(logits, uniforms.to(logits.device))
 
 
@@ -240,8 +272,10 @@ def labels_from_uniforms(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     Inverts the cumulative distribution in two stages: the first number picks a block of the vocabulary by its share
     of the softmax, the second a token within the block. So no cumulative sum runs over the whole vocabulary, and
-    rare tokens keep the full resolution of a uniform number.
+    rare tokens keep the full resolution of a uniform number. Raises ValueError for logits of fewer than 2 classes.
     """
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits must be (..., V) with V, the classes, at least 2, not of shape {tuple(logits.shape)}")
     shape, V = logits.shape[:-1], logits.shape[-1]
     logits = logits.reshape(-1, V)  # (N, V)
     first, second = uniforms.reshape(2, -1, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (N, 1) each
@@ -259,7 +293,9 @@ def labels_from_uniforms(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 def _invert_cdf(masses: Tensor, uniform: Tensor) -> Tensor:
     cumulative = masses.cumsum(dim=-1)
-    return (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    total = cumulative[:, -1:]
+    # below the total too, which a number next to 1 may be rounded to: the last index with a mass is the last possible
+    return ((cumulative <= uniform * total) & (cumulative < total)).sum(dim=-1, keepdim=True)
 
 
 def gauss_newton_bartlett(
@@ -270,14 +306,14 @@ def gauss_newton_bartlett(
     logits: (..., V), still attached to their graph, which is freed; every position counts, so leave out padding
     (`logits[mask]`). params: the tensors to estimate for. Returns one tensor for each: B * g * g, with B the number of
     positions and g the gradient of the mean cross-entropy against labels drawn from softmax(logits); zeros for a
-    parameter that was not used. Source: arXiv 2305.14342, algorithm 2.
+    parameter that was not used or takes no gradient. With several processes average the estimates over them, or their
+    weights drift apart. Source: arXiv 2305.14342, algorithm 2.
     """
-    params = list(params)
     labels = sample_labels(logits.detach(), generator)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
-    gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-    return [labels.numel() * gradient * gradient for gradient in gradients]
+    # The sum's gradient is B * g: the mean's would be lost where float16 is used on the way.
+    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(wide), labels.flatten(), reduction="sum")
+    return [gradient * (gradient / labels.numel()) for gradient in _gradients([loss], list(params))]
 
 
 def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
@@ -285,26 +321,20 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
 
     loss: a scalar that still carries its graph, which is freed. Fused attention has no second derivative: run the
     model inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. Returns u * (H u) for each of `params`, with
-    u ~ N(0, I) drawn from `generator` (zeros for a parameter that was not used). Source: arXiv 2305.14342, algorithm 1.
+    u ~ N(0, I) drawn from `generator`; zeros for a parameter that was not used or takes no gradient. Under float16
+    autocast give it the sum of the losses and divide the estimate by their number.
+    Source: arXiv 2305.14342, algorithm 1.
     """
     params = list(params)
-    if not loss.requires_grad:
-        raise ValueError("the loss carries no graph: compute it with gradients enabled, and before any .backward()")
     if any(is_sharded(param) for param in params):
         raise ValueError("hutchinson does not work on sharded parameters (FSDP2): use gauss-newton-bartlett's labels")
+    gradients = _gradients([loss], params, create_graph=True)
     directions = normal_like(params, generator)
-    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
     with_graph = [(g, u) for g, u in zip(gradients, directions, strict=True) if g.requires_grad]
     if not with_graph:  # a loss that is linear in every parameter
         return [torch.zeros_like(param) for param in params]
     try:
-        products = torch.autograd.grad(
-            [g for g, _ in with_graph],
-            params,
-            grad_outputs=[u for _, u in with_graph],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        products = _gradients([g for g, _ in with_graph], params, grad_outputs=[u for _, u in with_graph])
     except RuntimeError as error:
         if "scaled_dot_product" not in str(error):
             raise
@@ -313,6 +343,16 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
             " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         ) from error
     return [u * product for u, product in zip(directions, products, strict=True)]
+
+
+def _gradients(outputs: list[Tensor], params: list[Tensor], **options) -> list[Tensor]:
+    """torch.autograd.grad, with zeros for a parameter that was not used or takes no gradient."""
+    if not outputs[0].requires_grad:
+        raise ValueError("the loss carries no graph: compute it with gradients enabled, and before any .backward()")
+    options |= {"allow_unused": True, "materialize_grads": True}
+    taking = [param for param in params if param.requires_grad]
+    gradients = iter(torch.autograd.grad(outputs, taking, **options) if taking else ())
+    return [next(gradients) if param.requires_grad else torch.zeros_like(param) for param in params]
 
 
 def is_sharded(tensor: Tensor) -> bool:

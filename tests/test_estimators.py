@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
-from sophia import gauss_newton_bartlett, hutchinson, sample_labels
+from sophia import gauss_newton_bartlett, hutchinson, labels_from_uniforms, sample_labels
 
 CONFIDENCE = 0.999
 DRAWS = 1500
@@ -138,16 +138,44 @@ def test_checkpointed_activations_give_the_same_estimate(tiny, estimator):
 
 
 @pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
-def test_an_unused_parameter_gets_zeros(estimator):
-    used, unused = torch.randn(3, 5, requires_grad=True), torch.randn(2, requires_grad=True)
-    given = used * 2.0 if estimator is gauss_newton_bartlett else (used**3).sum()
-    estimates = estimator(given, [used, unused])
-    assert estimates[0].shape == used.shape
-    assert torch.any(estimates[0] != 0)
-    assert torch.equal(estimates[1], torch.zeros(2))
+def test_what_takes_no_gradient_gets_zeros(estimator):
+    used, unused, late = (torch.randn(3, 5, requires_grad=True) for _ in range(3))
+    frozen = torch.randn(3, 5)
+    products = used * 2.0 * late * frozen
+    late.requires_grad_(False)  # frozen after the forward pass
+    given = products if estimator is gauss_newton_bartlett else (products**3).sum()
+    first, *others = estimator(given, [used, unused, late, frozen])
+    assert torch.any(first != 0)
+    assert all(torch.equal(each, torch.zeros(3, 5)) for each in others)
 
 
-def test_hutchinson_says_what_to_do_about_fused_attention_and_detached_losses():
+def test_gauss_newton_bartlett_under_float16_autocast_is_near_float32():
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(50, 32), torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 50)]
+    model, idx = torch.nn.Sequential(*layers), torch.randint(50, (128, 128))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.1)
+    estimates = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            logits = model(idx)
+        estimates.append(gauss_newton_bartlett(logits, model.parameters(), torch.Generator().manual_seed(1)))
+    for wide, narrow in zip(*estimates, strict=True):
+        assert narrow.sum() / wide.sum() == pytest.approx(1, abs=0.02)
+
+
+def test_the_logits_of_one_position_need_no_other_dimension_and_those_of_one_class_are_refused():
+    logits = torch.randn(5, requires_grad=True)
+    (estimate,) = gauss_newton_bartlett(logits * 1.0, [logits], torch.Generator().manual_seed(0))
+    label = sample_labels(logits.detach(), torch.Generator().manual_seed(0))
+    expected = (logits.softmax(dim=0) - F.one_hot(label, 5)) ** 2
+    torch.testing.assert_close(estimate, expected.detach())
+    with pytest.raises(ValueError, match=r"at least 2, not of shape \(4, 1\)"):
+        gauss_newton_bartlett(torch.randn(4, 1, requires_grad=True) * 1.0, [logits])
+
+
+def test_the_estimators_say_what_to_do_about_fused_attention_and_detached_losses():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=32))
     idx = torch.randint(16, (2, 8))
@@ -156,6 +184,8 @@ def test_hutchinson_says_what_to_do_about_fused_attention_and_detached_losses():
         hutchinson(loss, model.parameters())
     with pytest.raises(ValueError, match="carries no graph"):
         hutchinson(loss.detach(), model.parameters())
+    with pytest.raises(ValueError, match="carries no graph"):
+        gauss_newton_bartlett(model(idx).detach(), model.parameters())
 
 
 def normal(size, seed):
@@ -196,3 +226,22 @@ def test_labels_follow_the_softmax(name, logits):
 def test_labels_keep_the_shape_of_the_positions():
     assert sample_labels(torch.randn(2, 3, 5)).shape == (2, 3)
     assert sample_labels(torch.randn(5)).shape == ()
+
+
+def test_the_default_dtype_does_not_change_the_labels():
+    logits = normal(300, 0).expand(1000, -1)
+    labels = sample_labels(logits, torch.Generator().manual_seed(0))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(sample_labels(logits, torch.Generator().manual_seed(0)), labels)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("size", [2, 5, 256, 300, 1000])
+def test_the_numbers_next_to_one_give_the_last_possible_token(size):
+    uniforms = torch.tensor([1 - 1e-9, 1 - 2.0**-53], dtype=torch.float64).expand(2, -1)  # 1 in float32
+    for impossible in (0, 1, 255, 400):
+        logits = F.pad(normal(size, 0), (0, impossible), value=-math.inf).expand(2, -1)
+        assert torch.equal(labels_from_uniforms(logits, uniforms), torch.full((2,), size - 1))

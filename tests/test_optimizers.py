@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.optim import SGD, AdamW
 
 from lion import Lion
 from run.settings import Settings, complete
 from sophia import SophiaG, SophiaH, from_released
-from training.optimizers import betas
+from training.optimizers import betas, parameters
 
 SHAPES = [(7, 5), (11,), (3, 2, 4)]
 
@@ -117,6 +119,16 @@ def test_the_unclipped_fraction_of_sharded_parameters_counts_every_coordinate_on
     torch.multiprocessing.spawn(fraction_of_shards, (tmp_path,), nprocs=2)
 
 
+def test_the_unclipped_fraction_may_span_devices():
+    """With fake tensors, as there may be one device only: they have devices, and no number to read."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "cuda")]
+        optimizer = SophiaG(params)
+        optimizer.update_hessian([torch.ones_like(param) for param in params])
+        with pytest.raises(DataDependentOutputException, match="scalar"):
+            optimizer.unclipped_fraction()
+
+
 def test_lion_matches_a_float64_reference_over_50_steps():
     params, groups, gradients, _ = problem()
     optimizer = Lion(groups, lr=1.0, betas=(0.9, 0.8), weight_decay=0.5)
@@ -134,25 +146,33 @@ def test_lion_matches_a_float64_reference_over_50_steps():
             assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
 
 
+def numbers_of(step, names):
+    """Of every kind that may change between steps."""
+    rate = learning_rate(step)
+    numbers = {"lr": rate, "betas": (0.8 + 5 * rate, 0.9 + rate), "rho": 1 + rate, "weight_decay": rate, "eps": rate}
+    return {name: number for name, number in numbers.items() if name in names}
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("optimizer_class", [SophiaG, Lion])
 def test_the_compiled_update_gives_the_same_float32_numbers_and_is_compiled_once(optimizer_class):
     torch.compiler.reset()
     runs = []
-    for compile in (False, True):
-        params, groups, gradients, curvatures = problem(torch.float32)
-        optimizer = optimizer_class(groups, compile=compile)
-        with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for compile, beginning in ((False, {}), (True, {"lr": 1.0, "betas": (0.0, 0.5)}), (True, {})):
+            params, groups, gradients, curvatures = problem(torch.float32)
+            optimizer = optimizer_class(groups, compile=compile, **beginning)
             for step in range(12):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step)
+                    group.update(numbers_of(step, optimizer.defaults))
                 if optimizer_class is SophiaG and step % 5 == 0:
                     optimizer.update_hessian([torch.tensor(c, dtype=torch.float32) for c in curvatures[step]])
                 give_gradients(params, gradients[step])
                 optimizer.step()
-        runs.append(params)
-    for plain, compiled in zip(*runs, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-6, atol=1e-7)
+            runs.append(params)
+    for plain, *compiled in zip(*runs, strict=True):
+        for each in compiled:
+            torch.testing.assert_close(plain, each, rtol=1e-6, atol=1e-7)
 
 
 def quadratic(optimizer_class, **options):
@@ -313,21 +333,87 @@ def test_a_coordinate_without_gradient_or_curvature_stays(dtype):
     assert param.tolist() == [1.0, 0.75, 1.25]
 
 
+def test_parameters_of_two_dtypes_have_a_least_denominator_each():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float16)]
+    optimizer = SophiaG(params, lr=0.1, weight_decay=0.0)
+    optimizer.update_hessian([torch.full((3,), 1e-2)] * 2)
+    for param in params:
+        param.grad = torch.full_like(param, 2.5e-5)
+    optimizer.step()
+    # 0.04 * 2.5e-5 / (0.05 * 0.01 * 1e-2), a fifth of lr
+    torch.testing.assert_close(params[0].detach(), torch.full((3,), 1 - 0.2 * 0.1), rtol=1e-6, atol=0)
+
+
+def test_what_is_not_finite_in_an_estimate_leaves_the_hessian_as_it_is():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float64, torch.float16)]
+    optimizer = SophiaG(params, betas=(0.9, 0.5))
+    for estimate in ([1, 1, 1], [math.inf, math.nan, 3], [2, 2, 2]):
+        optimizer.update_hessian([torch.tensor(estimate, dtype=torch.float64)] * 2)
+    for param in params:
+        assert optimizer.state[param]["hessian"].tolist() == [1.25, 1.25, 1.875]
+    optimizer.update_hessian([torch.full((3,), 1e30)] * 2)  # which float16 cannot hold
+    assert optimizer.state[params[1]]["hessian"].tolist() == [1.25, 1.25, 1.875]
+
+
+def with_gradient(param, gradient):
+    param.grad_dtype = None  # any
+    param.grad = gradient
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaG, Lion])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda it, a, b: with_gradient(b, torch.ones(3).bfloat16()), "gradient 1 is torch.bfloat16, .* torch.float32"),
+        (lambda it, a, b: with_gradient(b, torch.ones(3).to_sparse()), "gradient 1 is sparse"),
+        (lambda it, a, b: it.state[b].update(exp_avg=torch.ones(3).bfloat16()), "exp_avg 1 is torch.bfloat16"),
+        (lambda it, a, b: it.state[b].update(exp_avg=torch.ones(2)), r"exp_avg 1 has shape \(2,\), .* \(3,\)"),
+        (lambda it, a, b: it.state[b].update(exp_avg_sq=torch.ones(3)), "state of parameter 1 is .*exp_avg_sq"),
+        (lambda it, a, b: it.add_param_group({"params": torch.ones(2) * 1j}), "parameter 2 is torch.complex64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_changes(optimizer_class, change, complaint):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in "ab"]
+    optimizer = optimizer_class(params)
+    backward(params)
+    optimizer.step()
+    change(optimizer, *params)
+    before = copy.deepcopy((params, list(optimizer.state.values())))
+    calls = [optimizer.step]
+    if optimizer_class is not Lion:
+        calls.append(lambda: optimizer.update_hessian([torch.ones_like(p) for p in parameters(optimizer)]))
+    for call in calls:
+        with pytest.raises(RuntimeError if "sparse" in complaint else ValueError, match=complaint):
+            call()
+    assert str((params, list(optimizer.state.values()))) == str(before)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "other"),
+    [(each, other) for each in (SophiaG, Lion) for other in (AdamW, SGD, SophiaG, Lion) if each is not other],
+)
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(optimizer_class, other):
+    params, optimizer = quadratic(optimizer_class)
+    their_params, theirs = quadratic(other, lr=0.01)
+    for each, stepper in ((params, optimizer), (their_params, theirs)):
+        backward(each)
+        stepper.step()
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match="another optimizer's"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert str(optimizer.state_dict()) == before
+    optimizer.step()
+
+
 def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():
     params, optimizer = quadratic(SophiaG)
     with pytest.raises(ValueError, match="1 tensors, the optimizer 2 parameters"):
         optimizer.update_hessian([params[0]])
     with pytest.raises(ValueError, match=r"estimate 1 has shape \(4,\), its parameter \(3, 2\)"):
         optimizer.update_hessian([params[0], params[0]])
+    with pytest.raises(RuntimeError, match="estimate 1 is sparse"):  # as that of Embedding(…, sparse=True) is
+        optimizer.update_hessian([params[0], params[1].detach().to_sparse()])
     assert not optimizer.state
-
-
-@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
-def test_sparse_gradients_are_refused(optimizer_class):
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.ones(3).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer_class([param]).step()
 
 
 def test_with_bias_correction_the_hessian_is_that_of_the_paper_over_one_minus_beta2_to_the_number_of_estimates():

@@ -8,7 +8,7 @@ python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C sto
 
 import codecs
 import contextlib
-import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,16 +28,17 @@ RULE = "\n" + "-" * 40  # between texts
 def main() -> None:
     parser = errors.Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--out_dir", default="out", help="folder of the run, whose newest checkpoint is used")
-    source.add_argument("--init_from", help="other weights: 'gpt2*', a folder that export.py wrote, a ckpt.pt file")
+    source.add_argument("--out_dir", type=Path, default="out", help="folder of the run; its newest checkpoint is used")
+    source.add_argument("--init_from", type=os.path.expanduser, help="weights: gpt2*, a folder of export.py, a ckpt.pt")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
     prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
     parser.add_argument("--num_samples", type=errors.between(1), default=1, help="texts a prompt (default %(default)s)")
     parser.add_argument(
-        "--max_new_tokens", type=errors.between(1), default=500, help="tokens a text (default %(default)s)"
+        "--max_new_tokens", type=errors.between(1), default=500, help="most tokens a text (default %(default)s)"
     )
+    parser.add_argument("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
     parser.add_argument(
         "--temperature", type=errors.between(0, kind=float), default=0.8, help="0: always the likeliest token"
     )
@@ -58,8 +59,6 @@ def main() -> None:
     device = find_device(options.device)
     model, tokenizer, _ = load_model(options.out_dir, options.init_from, device)
     start = start_text(options.start)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     model.to(getattr(torch, options.dtype))
     generator = torch.Generator(device).manual_seed(options.seed)
 
@@ -70,9 +69,15 @@ def main() -> None:
         return tokens
 
     def continued(*prompts: list[int]) -> Iterator[Tensor]:
+        """The tokens (B, 1) that follow B prompts, until all texts have ended."""
         rows = [torch.tensor(prompt, device=device) for prompt in prompts]
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        return stream(model, rows, *limits, generator)
+        ended = torch.tensor(False)
+        for token in stream(model, rows, *limits, generator):
+            ended = ended | (token == tokenizer.end_of_text) & (not options.ignore_eos)
+            yield token.masked_fill(ended, tokenizer.vocab_size)  # an id without a text
+            if ended.all():
+                return
 
     if options.interactive:
         interact(lambda text: write(text, continued(encode(text)), tokenizer))
@@ -103,7 +108,7 @@ def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:
 
 def interact(answer: Callable[[str], None]) -> None:
     """Answer the lines of the terminal until an empty one or Ctrl-D. Ctrl-C stops an answer."""
-    with contextlib.suppress(ImportError):  # Windows has none
+    with contextlib.suppress(ImportError):  # some Pythons have none
         import readline  # noqa: F401 - gives input() a history on the arrow keys
     sys.stdin.reconfigure(errors="replace")
     while True:
@@ -123,9 +128,9 @@ def interact(answer: Callable[[str], None]) -> None:
 def start_text(start: str) -> str:
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = Path(os.path.expanduser(start.removeprefix("FILE:")))
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 

@@ -24,8 +24,8 @@ LAST_SECONDS = 60  # for the main thread, and a checkpoint that is being written
 
 
 def environment() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number of ranks) as torchrun says; (0, 1) without it. An empty variable counts as unset."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,18 @@
 
 python sample.py --out_dir=out --start="def main" --num_samples=3
 python sample.py --init_from=gpt2 --start="Once upon a time"
-python sample.py --out_dir=out --prompts=lines.txt     what follows each line, all at once
+python sample.py --out_dir=out --prompts=lines.txt     what follows each line
 python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C stops one, Ctrl-D ends
 """
 
 import codecs
 import contextlib
-import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from generation import stream
 from torch import Tensor
 
 from data.tokenizers import Tokenizer
@@ -28,16 +27,17 @@ RULE = "\n" + "-" * 40  # between texts
 def main() -> None:
     parser = errors.Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--out_dir", default="out", help="folder of a run (its newest checkpoint) or of a checkpoint")
-    source.add_argument("--init_from", help="other weights: a hub name, a folder that export.py wrote, a ckpt.pt file")
+    source.add_argument("--out_dir", type=Path, default="out", help="folder of a run (newest checkpoint) or checkpoint")
+    source.add_argument("--init_from", type=os.path.expanduser, help="weights: a hub name, a folder or a ckpt.pt file")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
     prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
     parser.add_argument("--num_samples", type=errors.between(1), default=1, help="texts a prompt (default %(default)s)")
     parser.add_argument(
-        "--max_new_tokens", type=errors.between(1), default=500, help="tokens a text (default %(default)s)"
+        "--max_new_tokens", type=errors.between(1), default=500, help="most tokens a text (default %(default)s)"
     )
+    parser.add_argument("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
     parser.add_argument(
         "--temperature", type=errors.between(0, kind=float), default=0.8, help="0: always the likeliest token"
     )
@@ -56,11 +56,9 @@ def main() -> None:
     options = parser.parse_args()
 
     device = find_device(options.device)
-    model, tokenizer, _ = load_model(options.out_dir, options.init_from, device)
+    model, tokenizer, _ = load_model(options.out_dir, options.init_from)
     start = start_text(options.start)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    model.to(getattr(torch, options.dtype))
+    model.to(device, getattr(torch, options.dtype))
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def encode(text: str) -> list[int]:
@@ -69,10 +67,16 @@ def main() -> None:
             raise errors.UserError(f"a token is beyond the model's vocabulary of {model.config.vocab_size}")
         return tokens
 
-    def continued(*prompts: list[int]) -> Iterator[Tensor]:
-        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    def continued(prompt: list[int], texts: int = 1) -> Iterator[Tensor]:
+        """The tokens (texts, 1) that follow a prompt, until all texts have ended."""
+        idx = torch.tensor([prompt] * texts, device=device)
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        return stream(model, rows, *limits, generator)
+        ended = torch.tensor(False)
+        for token in model.stream(idx, *limits, generator):
+            ended = ended | (token == tokenizer.end_of_text) & (not options.ignore_eos)
+            yield token.masked_fill(ended, tokenizer.vocab_size)  # an id without a text
+            if ended.all():
+                return
 
     if options.interactive:
         interact(lambda text: write(text, continued(encode(text)), tokenizer))
@@ -80,10 +84,11 @@ def main() -> None:
         texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
         if not texts:
             raise errors.UserError(f"--prompts: {options.prompts} has no line to continue")
-        texts = [text for text in texts for _ in range(options.num_samples)]
-        rows = torch.cat(list(continued(*map(encode, texts))), dim=1).tolist()
-        ends = [tokenizer.decode_bytes(row).decode(errors="replace") for row in rows]
-        print(f"{RULE}\n".join(text + end for text, end in zip(texts, ends, strict=True)))
+        written = []
+        for text in texts:
+            rows = torch.cat(list(continued(encode(text), options.num_samples)), dim=1).tolist()
+            written += [text + tokenizer.decode_bytes(row).decode(errors="replace") for row in rows]
+        print(f"{RULE}\n".join(written))
     else:
         for number in range(options.num_samples):
             if number:
@@ -103,7 +108,7 @@ def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:
 
 def interact(answer: Callable[[str], None]) -> None:
     """Answer the lines of the terminal until an empty one or Ctrl-D. Ctrl-C stops an answer."""
-    with contextlib.suppress(ImportError):  # Windows has none
+    with contextlib.suppress(ImportError):  # some Pythons have none
         import readline  # noqa: F401 - gives input() a history on the arrow keys
     sys.stdin.reconfigure(errors="replace")
     while True:
@@ -123,9 +128,9 @@ def interact(answer: Callable[[str], None]) -> None:
 def start_text(start: str) -> str:
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = Path(os.path.expanduser(start.removeprefix("FILE:")))
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 

@@ -16,7 +16,7 @@ class Bytes:
     end_of_text = 0
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return list(text.encode("utf-8", "surrogateescape"))  # a command line may have bytes that are no UTF-8
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """The tokens of all texts, an end of text after each, as uint16."""
@@ -24,7 +24,8 @@ class Bytes:
         return np.frombuffer(joined, dtype=np.uint8).astype("<u2")
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        return bytes(token for token in tokens if token < self.vocab_size)
+        known = bytes(token for token in tokens if token < self.vocab_size)
+        return known.replace(b"\0", b"<|endoftext|>")  # as GPT-2's is shown; terminals do odd things with a zero byte
 
 
 class GPT2:

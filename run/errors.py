@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -33,10 +34,11 @@ class Diverged(UserError):  # the loss or the gradient is no longer a finite num
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line. `text` is the script's docstring."""
+    """An argument parser with one-line complaints and Paths that may begin with ~. `text` is the script's docstring."""
 
     def __init__(self, text: str | None):
         super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.register("type", Path, lambda path: Path(os.path.expanduser(path)))  # bash leaves --option=~ as it is
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -111,8 +113,12 @@ def one_line(message: str) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`. A UserError, or too little memory, ends the process with one line and an exit code."""
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    rank, local_rank = os.environ.get("RANK") or "0", os.environ.get("LOCAL_RANK") or "0"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
+        if not hasattr(os, "pread"):  # as on Windows, which lacks some of the signals too
+            raise UserError(f"Linux and macOS are supported, {sys.platform} is not: on Windows use WSL")
         main()
     except UserError as error:
         if local_rank == "0" or isinstance(error, RankError):  # otherwise the machine's first rank says the same

@@ -1,8 +1,8 @@
 """Where a run computes: device, number format, compiler, and the rank it has in a torchrun job."""
 
 import contextlib
+import hashlib
 import os
-import platform
 import re
 import shutil
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 from tqdm import tqdm
@@ -78,7 +79,7 @@ def find_device(name: str) -> torch.device:
         return device
     if device.index is not None and ranks.environment()[1] > 1:
         raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    index = int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index
     if index >= (count := torch.cuda.device_count()):
         raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
     return torch.device("cuda", index)
@@ -99,7 +100,7 @@ def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile can build code for the device: a C++ compiler, Python's headers, and Triton on CUDA."""
     if device.type == "cuda" and not has_triton():
         return False
-    names = (os.environ.get("CXX"), "g++", "clang++", "cl" if platform.system() == "Windows" else None)
+    names = (os.environ.get("CXX"), "g++", "clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return headers and any(shutil.which(name) for name in names if name)
 
@@ -109,8 +110,20 @@ def set_matmul_precision(settings: Settings, device: torch.device) -> None:
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
 
 
+def separate_compile_cache() -> None:
+    """Give every kind of processor a folder of its own in torch.compile's cache, to be called before it compiles."""
+    # PyTorch's keys leave the instruction set out (2.13): code for AVX-512 would be taken where there is AVX2, and
+    # computes half of its numbers there
+    kind = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
+    name = hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    if folder.name != name:  # as it is in a process that another one started
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
+
+
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
+    separate_compile_cache()
     device = find_device(settings.device)
     if settings.backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl: it joins CUDA devices, not {device.type}; use --backend=auto")

@@ -17,8 +17,8 @@ from run.errors import MachineError
 
 
 def environment() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number of ranks) as torchrun says; (0, 1) without it. An empty variable counts as unset."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,7 @@ def read_config(path: Path, included_by: tuple[str, ...] = ()) -> dict[str, Any]
             case ast.Expr(ast.Constant(str())):
                 pass  # a docstring
             case ast.Assign([ast.Name("include")], ast.Constant(str(other))):
+                other = os.path.expanduser(other)
                 if os.path.abspath(path.parent / other) in files:
                     raise UserError(f"{where}: with {other} the file would include itself")
                 values |= read_config(path.parent / other, files)
@@ -208,7 +209,7 @@ def read_config(path: Path, included_by: tuple[str, ...] = ()) -> dict[str, Any]
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill in what is left at None, and refuse impossible values."""
+    """Fill in what is left at None, expand ~ in paths, and refuse impossible values."""
     defaults = OPTIMIZER_DEFAULTS[settings.optimizer] | {"wandb_run_name": Path(settings.out_dir).name}
     if settings.uses_curvature:
         defaults["hessian_batch_size"] = min(defaults["hessian_batch_size"], settings.batch_size)
@@ -218,7 +219,8 @@ def complete(settings: Settings) -> Settings:
     defaults["hessian_micro_batch_size"] = max(1, settings.micro_batch_size // 2)
     defaults |= {"lr_decay_iters": settings.max_iters, "min_lr": 0.05 * settings.learning_rate}
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, **missing)
+    paths = {name: os.path.expanduser(getattr(settings, name)) for name in ("out_dir", "init_from", "dataset")}
+    settings = dataclasses.replace(settings, **missing, **paths)
     check_ranges(settings)
     return settings
 

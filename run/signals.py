@@ -8,7 +8,8 @@ from types import FrameType
 from run.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Windows, which errors.run refuses, has two of them
+SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")]
 
 
 class StopSignals:
@@ -38,5 +39,5 @@ class StopSignals:
         if not self.asked:
             self.asked = signal.Signals(number).name
             self.note(f"{self.asked}: finishing the step, then writing a checkpoint")
-        elif number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):
             raise KeyboardInterrupt

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from generation import Cache, draw, stream
 
 import sample
-from generation import Cache, draw, stream
 from model import GPT, GPTConfig
 from run.settings import ROOT
+from tests.conftest import write_dataset
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16, bias=True)
 
@@ -130,6 +131,21 @@ def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tm
     assert first == call(*options, *drawn)
     assert first != call(*options, *drawn, "--seed", 5)
     assert call(*options, "--dtype", "bfloat16", "--start", lines[0]).startswith(lines[0])
+
+
+def test_a_sample_stops_where_its_document_ends(train, call, tmp_path, monkeypatch):
+    write_dataset(tmp_path / "data", list(b"hi\0" * 1000), list(b"hi\0" * 50))
+    train(tmp_path / "run", dataset=tmp_path / "data", max_iters=150, learning_rate=0.01, eval_interval=150)
+    looked_up, forward = [], torch.nn.Embedding.forward
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, idx: looked_up.append(idx) or forward(self, idx))
+    options = [sample, "--out_dir", tmp_path / "run", "--temperature", 0]
+    (tmp_path / "lines.txt").write_text("hihi\nh\nhi")
+    assert call(*options, "--start", "h") == "hi\n"
+    rule = "\n" + "-" * 40 + "\n"
+    assert call(*options, "--prompts", tmp_path / "lines.txt") == rule.join(["hihi", "hi", "hi"]) + "\n"
+    assert len(looked_up) < 50  # rather than for 500 tokens each
+    found = call(*options, "--start", "h", "--max_new_tokens", 7, "--ignore_eos")
+    assert found == "hi<|endoftext|>hi<|endoftext|>hi\n"
 
 
 def test_sample_refuses_prompts_it_cannot_use(refused, call, train, tmp_path):

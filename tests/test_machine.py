@@ -1,10 +1,15 @@
 """The machine of a run: what it knows of a GPU, and what it sets there."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from run.machine import Machine, set_matmul_precision
-from run.settings import read
+from run.settings import ROOT, read
+from tests.conftest import needs_compiler
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,42 @@ def test_float32_products_are_rounded_on_cuda_and_nowhere_else():
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_an_empty_variable_of_torchrun_counts_as_unset(train, refuses, monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert train(tmp_path / "run", max_iters=1)[-1]["step"] == 1
+    refuses("error: n_head = 0", n_head=0)
+
+
+UPDATE = """
+import torch
+from run.machine import set_up
+from run.settings import read
+from sophia import SophiaG
+
+def updated(compile):
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(torch.randn(35))
+    optimizer = SophiaG([weights], lr=0.1, compile=compile)
+    optimizer.update_hessian([torch.rand(35)])
+    weights.grad = torch.randn(35)
+    optimizer.step()
+    return weights.detach()
+
+set_up(read(["--device=cpu"]))
+torch.testing.assert_close(updated(True), updated(False))
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has no AVX-512")
+def test_processors_of_two_kinds_may_share_a_compile_cache(tmp_path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for kind in ("avx512", "avx2"):
+        settings = environment | {"ATEN_CPU_CAPABILITY": kind}
+        done = subprocess.run([sys.executable, "-c", UPDATE], cwd=ROOT, env=settings, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"{kind.upper()}\n"), done.stderr
+    assert len(list(tmp_path.iterdir())) == 2

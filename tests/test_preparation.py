@@ -160,6 +160,45 @@ def test_a_text_file_is_a_document_and_its_name_no_pattern(openwebtext, call, tm
     assert sorted(texts) == [f"first line of {path.name}\nsecond line" for path in files]
 
 
+ROWS = {  # files of rows that have nothing in common but text
+    "a": [{"text": "first", "id": 1}, {"text": "second", "id": "one", "tags": ["x"]}],
+    "b": [{"text": "third", "id": "b7", "url": "x"}],
+    "c": [{"tags": {"n": 1}, "id": None, "text": "fourth"}],
+}
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_columns_besides_the_text_may_differ(openwebtext, call, tmp_path, kind, streaming):
+    files = [tmp_path / f"{name}.{kind}" for name in ROWS]
+    for path, rows in zip(files, ROWS.values(), strict=True):
+        if kind == "parquet":  # in a file a column has one type
+            datasets.Dataset.from_list([row | {"id": str(row["id"])} for row in 5 * rows]).to_parquet(path)
+        else:
+            lines = [json.dumps(row) for row in 5 * rows]
+            path.write_text("\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]")
+    options = ["--tokenizer=bytes", "--val-fraction=0.5", "--out-dir", tmp_path / "out", *streaming]
+    call(openwebtext, "--data-files", *files, *options)
+    tokens = made(tmp_path / "out")
+    texts = bytes(tokens["train"] + tokens["val"]).decode().split("\0")[:-1]
+    assert sorted(texts) == sorted(5 * [row["text"] for rows in ROWS.values() for row in rows])
+
+
+def test_what_editors_of_windows_add_is_no_text(openwebtext, call, tmp_path):
+    tokens = {}
+    for name, mark, end in (("windows", b"\xef\xbb\xbf", b"\r\n"), ("unix", b"", b"\n")):
+        (tmp_path / name).mkdir()
+        files = [tmp_path / name / f"{number:02}.txt" for number in range(20)]
+        for path in files:
+            path.write_bytes(mark + end.join([b"one", b"", path.stem.encode()]) + end)
+        options = ["--tokenizer=bytes", "--val-fraction=0.5", "--out-dir"]
+        call(openwebtext, "--data-files", *files, *options, tmp_path / name / "table")
+        call(openwebtext, "--streaming", "--data-files", *files, *options, tmp_path / name / "stream")
+        call(load_script("shakespeare_char"), "--file", files[0], "--out-dir", tmp_path / name / "single")
+        tokens[name] = [made(tmp_path / name / way) for way in ("table", "stream", "single")]
+    assert tokens["windows"] == tokens["unix"]
+
+
 def test_special_tokens_in_a_text_are_text(vocabulary):
     text = "a <|endoftext|> in a text, 你好"
     expected = [*vocabulary.encode_ordinary(text), 50256]
@@ -337,22 +376,27 @@ BAD_FILES = {  # name: content, and the complaint about a table and about a stre
     "nothing.jsonl": (None, "Unable to find"),
     "words.docx": (b"x", "must be of one format of .json, .jsonl, .txt, .parquet"),
     "other.jsonl": (b'{"words": "x"}\n{"words": "y"}\n', "no column 'text', but words"),
-    "empty.jsonl": (b"", "has no documents"),
-    "empty.txt": (b"", "the resulting train set will be empty", "falls to val"),
-    "blank.jsonl": (b"\n\n", "no data", "has no documents"),
-    "zip.jsonl.gz": (gzip.compress(b""), "has no documents"),
-    "single.jsonl": (b'{"text": "x"}\n', "the resulting train set will be empty", "falls to val"),
-    "broken.parquet": (b"PAR1 but not really", "cannot be used: Parquet magic bytes"),
-    "latin.txt": ("Füße".encode("latin-1"), "cannot be used: 'utf-8' codec"),
+    "empty.jsonl": (b"", "has no documents", "no document of empty.jsonl falls to train: more text"),
+    "empty.txt": (b"", "too few documents (1) to split", "falls to val"),
+    "blank.jsonl": (b"\n\n", "no column 'text', but none"),
+    "zip.jsonl.gz": (gzip.compress(b""), "has no documents", "falls to train"),
+    "single.jsonl": (b'{"text": "x"}\n', "too few documents (1) to split", "falls to val"),
+    "book.txt": (b"x" * 999, "data/shakespeare_char/prepare.py --file splits a single text", "falls to val"),
+    "broken.parquet": (b"PAR1 but not really", "it must be a whole file with text in UTF-8"),
+    "latin.txt": ("Füße".encode("latin-1"), "it must be a whole file with text in UTF-8"),
     "latin.jsonl": ('{"text": "Füße"}\n{"text": "x"}\n'.encode("latin-1"), "cannot be used: 'utf-8' codec"),
     "cut.jsonl.gz": (GZIPPED[: len(GZIPPED) // 2], "cannot be used: Compressed file ended"),
     "hollow.jsonl.gz": (GZIPPED[:5000] + bytes(9) + GZIPPED[5009:], "cannot be used: "),
     "not.jsonl.gz": (b"not compressed", "cannot be used: Not a gzipped file"),
     "bad.jsonl.xz": (lzma.compress(b"{}")[:-9] + b"123456789", "cannot be used: "),
-    "bomb.jsonl": (b'{"text": ' + b"[" * 2_000 + b"]" * 2_000 + b"}", "cannot be used: "),
+    "bomb.jsonl": (
+        b'{"text": ' + b"[" * 2_000 + b"]" * 2_000 + b"}",
+        "the column 'text' must be text in every document",
+    ),
     "null.jsonl": (b'{"text": "x"}\n{"text": null}\n', "1 of the 2 documents have no text", "no text, but None"),
-    "numbers.jsonl": (b'{"text": 1}\n{"text": 1}\n', "document 0 has no text, but 1"),
-    "nested.jsonl": (b'{"text": {"a": 1}}\n{"text": {"a": 2}}\n', "document 0 has no text, but {'a'"),
+    "numbers.jsonl": (b'{"text": 1}\n{"text": 1}\n', "the column 'text' must be text in every document"),
+    "nested.jsonl": (b'{"text": {"a": 1}}\n{"text": {"a": 2}}\n', "the column 'text' must be text"),
+    "mixed.jsonl": (b'{"text": "x"}\n{"text": 1}\n', "the column 'text' must be text in every document"),
 }
 
 

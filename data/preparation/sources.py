@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from data.preparation.writer import Source, TextBatch, write_data_set
 from data.tokenizers import TOKENIZERS
@@ -29,16 +30,11 @@ def prepare(description: str | None, name: str, source: str, config: str | None 
     """The main function of data/NAME/prepare.py: make a data set of what the command line names."""
     parser = Parser(description)
     add = parser.add_argument
-    add("--source", default=source, metavar="NAME", help=f"a data set of the Hugging Face hub (default {source})")
+    add("--source", type=os.path.expanduser, default=source, help=f"a data set of the hub (default {source})")
     add("--config", help="its configuration, where it has several")
     add("--streaming", action="store_true", help="read it from the network as it is tokenized, without a copy on disk")
-    add(
-        "--data-files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="local .json, .jsonl, .parquet or .txt, compressed or not",
-    )
+    local = "local .json, .jsonl, .parquet or .txt, compressed or not"
+    add("--data-files", nargs="+", type=Path, metavar="FILE", help=local)
     add("--text-column", default="text", metavar="COLUMN", help="the column with the text (default text)")
     add("--val-fraction", type=float, default=val_fraction, help=f"share of val.bin (default {val_fraction})")
     add("--tokenizer", choices=list(TOKENIZERS), default="gpt2", help="default gpt2")
@@ -72,21 +68,23 @@ def open_documents(
     """Documents of the hub's data set `source`, or of local `files`. UserError for what cannot be used."""
     name, arguments, advice = source, {"path": source, "name": config}, "; without a network, use --data-files"
     if files:
-        name, advice = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else ""), ""
+        name = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        advice = "; it must be a whole file with text in UTF-8"
         formats = {next((FORMATS[end] for end in reversed(path.suffixes) if end in FORMATS), None) for path in files}
         if len(formats) > 1 or None in formats:
             raise UserError(f"{name}: --data-files must be of one format of {', '.join(FORMATS)}, compressed or not")
         arguments = {"path": formats.pop(), "data_files": [glob.escape(str(path.resolve())) for path in files]}
+        arguments["features"] = datasets.Features({column: datasets.Value("string")})
         if arguments["path"] == "text":
-            arguments["sample_by"] = "document"
+            arguments |= {"sample_by": "document", "encoding": "utf-8-sig"}
     with reading(name, advice):
         builder = datasets.load_dataset_builder(**arguments)
+        if files:  # in place of a function that wants the columns of the first file in all (datasets 5.2)
+            builder._cast_table = lambda *table, **more: text_alone(name, column, *table, **more)
         if not streaming:
             builder.download_and_prepare()
         documents = (builder.as_streaming_dataset if streaming else builder.as_dataset)(split="train")
-        columns = documents.column_names or list(next(iter(documents)))
-        if column not in columns:
-            raise UserError(f"{name} has no column {column!r}, but {', '.join(columns)}: choose with --text-column")
+        check_column(name, column, documents.column_names or list(next(iter(documents), {})))
         # The builder's hash tells the commit of the hub.
         identity = [name, config, builder.hash, column, val_fraction, streaming]
         identity += [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
@@ -95,18 +93,32 @@ def open_documents(
         )
 
 
+def text_alone(name: str, column: str, table: pa.Table, json_field_paths: list | tuple = ()) -> pa.Table:
+    """The column with the text, of a table that was read from a file. The others may differ from file to file."""
+    check_column(name, column, table.column_names)
+    # the paths are those of JSON values of several types, which datasets has turned to text
+    if [column] in json_field_paths or table[column].type not in (pa.string(), pa.large_string(), pa.null()):
+        raise UserError(f"{name}: the column {column!r} must be text in every document")
+    return table.select([column]).cast(pa.schema({column: pa.string()}))
+
+
+def check_column(name: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise UserError(f"{name} has no column {column!r}, but {', '.join(columns) or 'none'}: use --text-column")
+
+
 @contextlib.contextmanager
 def reading(name: str, advice: str) -> Iterator[None]:
     """Turns errors into one line that says what was read."""
     try:
         yield
-    except UserError:
-        raise
-    except StopIteration:  # no first document
-        raise UserError(f"{name} has no documents") from None
     except Exception as error:  # datasets passes on what its readers raise: zlib.error, LZMAError, ArrowInvalid, …
         while error.__cause__ is not None:
             error = error.__cause__
+        if isinstance(error, UserError):
+            raise error from None
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{name} has no documents") from None
         what, *more = str(error).splitlines() or [type(error).__name__]
         for said, helps in ADVICE.items():
             if said in what:
@@ -151,6 +163,9 @@ class Table(Corpus):
         empty = self.documents.data.column(self.column).null_count
         if empty:  # found now rather than after hours
             raise UserError(f"{self.name}: {empty} of the {self.count} documents have no text")
+        if self.count * self.val_fraction > self.count - 1:
+            hint = "data/shakespeare_char/prepare.py --file splits a single text"
+            raise UserError(f"{self.name}: too few documents ({self.count}) to split into train and val; {hint}")
         self.parts = self.documents.train_test_split(test_size=self.val_fraction, seed=SPLIT_SEED, shuffle=True)
 
     def read(self, done: int, state: Any) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         data = options.file.read_bytes() if options.file else urllib.request.urlopen(URL, timeout=60).read()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")  # editors of Windows write both
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         if options.file:
             raise errors.UserError(f"--file: {options.file}: {error.strerror}") from None

@@ -30,7 +30,7 @@ def documents() -> dict[str, str]:
     for path in library.rglob("*.py"):
         name = path.relative_to(library)
         if LEFT_OUT.isdisjoint(name.parts) and "pydoc_data" not in name.parts:
-            texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+            texts[name.as_posix()] = path.read_text(encoding="utf-8-sig", errors="replace")
     return dict(sorted(texts.items()))
 
 

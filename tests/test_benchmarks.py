@@ -14,7 +14,8 @@ from benchmarks import gpu_check
 from run.settings import ROOT
 from tests.conftest import arguments
 
-SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
+# in float32, as a processor without bfloat16 products takes minutes for large ones
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2, "dtype": "float32"}
 SMALL = ["--rounds=2", "--json", *arguments(device="cpu", compile=False, **SHAPE)]
 PEER = """
 import torch

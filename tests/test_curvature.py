@@ -14,13 +14,14 @@ from model import GPT, GPTConfig
 from run import randomness, settings
 from run.machine import Machine
 from run.ranks import Ranks
-from sophia import hutchinson, labels_from_uniforms, normal_like
+from sophia import normal_like
 from tests.conftest import COMPILERS, OPTIMIZERS, TINY, arguments, needs_compiler
 from tokens.batches import Batches
-from tokens.token_files import TokenData, Tokens, open_data
+from tokens.token_files import TokenData, Tokens, open_data, pairs
 from train import accumulate_gradients
 from training import hessian_product
 from training.curvature import Curvature
+from training.hessian_product import TangentLoss, attention_tangent
 from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 from training.parallel import DataParallel
 from training.start import shape_of
@@ -61,12 +62,25 @@ def flat(tensors):
 
 
 def first_sequences(curvature):
-    return next(curvature.batches.curvature(STEP, 8))[0]
+    return pairs(curvature.batches.data.train_rows(curvature.settings.seed, STEP, 8, 0, 8))
 
 
 def plain_loss(model, x, y):
     """From the logits, as the model's own loss can be differentiated only once."""
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def double_backward(c, params):
+    """Hutchinson's estimate for `params` in float64, along the directions that are drawn in the weights' format."""
+    seed = randomness.torch_seed(c.settings.seed, randomness.DIRECTIONS, STEP)
+    directions = [u.double() for u in normal_like(params, torch.Generator().manual_seed(seed))]
+    names = {param: name for name, param in c.model.named_parameters()}
+    model = copy.deepcopy(c.model).double()
+    twins = [model.get_parameter(names[param]) for param in params]
+    with sdpa_kernel(SDPBackend.MATH):
+        gradient = torch.autograd.grad(plain_loss(model, *first_sequences(c)), twins, create_graph=True)
+    products = torch.autograd.grad(gradient, twins, grad_outputs=directions)
+    return [u * product for u, product in zip(directions, products, strict=True)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -77,10 +91,7 @@ def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, che
     machine = Machine(torch.device("cpu"), torch.float32, compile)
     c = curvature(machine=machine, optimizer="sophiah", micro_batch_size=4, n_layer=3, **EVERYTHING)
     params = list(c.model.parameters())[::-1]  # an optimizer has them in an order of its own, too
-    with sdpa_kernel(SDPBackend.MATH):
-        loss = plain_loss(c.model, *first_sequences(c))
-        seed = randomness.torch_seed(c.settings.seed, randomness.DIRECTIONS, STEP)
-        expected = hutchinson(loss, params, torch.Generator().manual_seed(seed))
+    expected = double_backward(c, params)
     c.model.h.checkpoint_activations = checkpointed
     assert distance(c.estimate(STEP, params), expected) < 1e-10
 
@@ -110,30 +121,6 @@ def test_an_estimate_takes_equal_parts(curvature):
     for ranks, most, expected in ((1, 3, [2, 2, 2, 2]), (1, 8, [8]), (3, 2, [1, 1, 1]), (16, 2, [1])):
         batches = dataclasses.replace(c.batches, machine=dataclasses.replace(c.machine, ranks=Ranks(ranks - 1, ranks)))
         assert [len(x) for (x, _), _ in batches.curvature(STEP, most)] == expected
-
-
-def sampled_gradient(c, first, last):
-    """The gradient for sequences first to last, with the labels of the step's own draw."""
-    x, _ = first_sequences(c)
-    logits = c.model(x)
-    labels = labels_from_uniforms(logits, c.batches.label_uniforms(STEP))
-    loss = F.cross_entropy(logits[first:last].flatten(0, 1), labels[first:last].flatten())
-    return torch.autograd.grad(loss, list(c.model.parameters()))
-
-
-def test_the_papers_estimate_squares_one_gradient_of_all_sequences(curvature):
-    for micro_batch_size in (1, 2, 8):
-        c = curvature(optimizer="sophiag", micro_batch_size=micro_batch_size)
-        expected = [8 * 16 * g * g for g in sampled_gradient(c, 0, 8)]
-        assert distance(estimate(c), expected) < 1e-10
-
-
-@pytest.mark.parametrize("group", [1, 2, 4])
-def test_the_averaged_estimate_is_the_mean_of_the_groups_squares(curvature, group):
-    c = curvature(optimizer="sophiag", hessian_estimator="averaged", hessian_group_size=group)
-    squares = [[group * 16 * g * g for g in sampled_gradient(c, i, i + group)] for i in range(0, 8, group)]
-    expected = [torch.stack(parts).mean(dim=0) for parts in zip(*squares, strict=True)]
-    assert distance(estimate(c), expected) < 1e-10
 
 
 class SameSequences(TokenData):
@@ -173,21 +160,27 @@ BFLOAT16 = Machine(torch.device("cpu"), torch.bfloat16, compile=False)
 
 def test_hutchinson_in_bfloat16_is_near_float64(curvature):
     c = curvature(torch.float32, BFLOAT16, optimizer="sophiah")
-    generator = torch.Generator().manual_seed(randomness.torch_seed(c.settings.seed, randomness.DIRECTIONS, STEP))
-    directions = [u.double() for u in normal_like(list(c.model.parameters()), generator)]
-    model = copy.deepcopy(c.model).double()
-    with sdpa_kernel(SDPBackend.MATH):
-        gradient = torch.autograd.grad(
-            plain_loss(model, *first_sequences(c)), list(model.parameters()), create_graph=True
-        )
-    products = torch.autograd.grad(gradient, list(model.parameters()), grad_outputs=directions)
-    assert distance(estimate(c), [u * product for u, product in zip(directions, products, strict=True)]) < 0.03
+    assert distance(estimate(c), double_backward(c, list(c.model.parameters()))) < 0.02
+
+
+def test_a_softmax_of_inputs_that_all_grow_alike_stays_as_it_is_in_bfloat16_too():
+    """Scores of attention grow alike for all keys, logits for all tokens: both tangents are zero."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 32, 8).bfloat16()
+    none, growth = torch.zeros_like(q), torch.randn(8).bfloat16()
+    tangent = attention_tangent(q, k, v, none, growth.expand_as(k), none, torch.tensor(8**-0.5))
+    assert tangent.abs().max() < 1e-4
+    hidden, weight, labels = torch.randn(64, 8).bfloat16(), torch.randn(300, 8).bfloat16(), torch.randint(300, (64,))
+    rate = TangentLoss()
+    rate.direction = growth.expand_as(weight)
+    assert rate.loss(torch.cat((hidden, torch.zeros_like(hidden)), dim=1), weight, labels).abs() / 64 < 1e-4
 
 
 def test_gauss_newton_bartlett_in_bfloat16_is_near_float32(curvature):
-    exact = estimate(curvature(torch.float32, optimizer="sophiag"))
-    rough = estimate(curvature(torch.float32, BFLOAT16, optimizer="sophiag"))
-    assert distance(rough, exact) < 0.5  # a rounded softmax changes some labels
+    options = {"optimizer": "sophiag", "hessian_estimator": "averaged", "hessian_group_size": 1}
+    exact, rough = (estimate(curvature(torch.float32, machine, **options)) for machine in (None, BFLOAT16))
+    assert distance(rough, exact) < 0.4  # a rounded softmax changes some labels
+    assert flat(rough).sum() / flat(exact).sum() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(

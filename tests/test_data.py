@@ -66,6 +66,12 @@ def test_the_sequences_of_a_seed_and_a_step_never_change(tmp_path):
     assert data.fingerprint() == "15748e0b57a438bd791eb1c5ca8ef37b67850a6fcecbf6e16e44687428d411a4"
 
 
+@pytest.mark.parametrize("count", [80, 81, 82])  # of tokens: one short of five blocks and a target, as many, one more
+def test_validation_takes_every_block_that_has_a_target_for_each_token(tmp_path, count):
+    write_dataset(tmp_path, TOKENS, TOKENS[:count])
+    assert open_data(f"{tmp_path}", 16).val_blocks(0).tolist() == list(range(0, count - 16, 16))
+
+
 def test_tokens_beyond_int16_keep_their_value():
     rows = np.array([[0, 32767, 32768, 50256, 65535]], dtype=np.uint16)
     x, y = pairs(torch.from_numpy(rows.view(np.int16)))

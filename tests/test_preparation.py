@@ -89,11 +89,13 @@ def test_the_tokens_are_nanogpts_whatever_the_format_and_the_workers(openwebtext
     assert (meta["train_tokens"], meta["val_tokens"], meta["source"]) == (*map(len, expected.values()), path.name)
 
 
-def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, tmp_path):
+def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, refused, tmp_path):
     path = write_documents(tmp_path / "d.jsonl", column="body")
     options = "--text-column=body --val-fraction=0.1 --tokenizer=bytes --out-dir".split()
     call(openwebtext, "--data-files", path, *options, tmp_path / "out")
     assert made(tmp_path / "out") == nanogpts_tokens(str.encode, 0, 0.1)
+    other = [tmp_path / "out", "--val-fraction=0.2"]
+    assert "holds another data set" in refused(lambda: call(openwebtext, "--data-files", path, *options, *other))
 
 
 HUB_CARD = """---

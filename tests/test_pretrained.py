@@ -242,6 +242,8 @@ def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     card = (folder / "README.md").read_text()
     assert f"| val/loss at step 3 | {rows[-1]['val/loss']:.4f} |" in card
     assert "--optimizer=sophiag" in card
+    parameters = 256 * 16 + 16 * 16 + 2 * (12 * 16**2 + 2 * 16) + 16
+    assert f"A GPT-2 with {parameters:,} parameters, pretrained on {3 * 8 * 16} tokens of" in card
 
     model, tokenizer = hugging_face(folder), hugging_face(folder, "AutoTokenizer")
     ours, byte, name = load_model(str(tmp_path / "run"), None, torch.device("cpu"))

@@ -173,7 +173,7 @@ def test_a_softmax_of_inputs_that_all_grow_alike_stays_as_it_is_in_bfloat16_too(
     hidden, weight, labels = torch.randn(64, 8).bfloat16(), torch.randn(300, 8).bfloat16(), torch.randint(300, (64,))
     rate = TangentLoss()
     rate.direction = growth.expand_as(weight)
-    assert rate.loss(torch.cat((hidden, torch.zeros_like(hidden)), dim=1), weight, labels).abs() / 64 < 1e-4
+    assert rate.loss(torch.cat((hidden, torch.zeros_like(hidden)), dim=1), weight, labels).abs() / 64 < 3e-5
 
 
 def test_gauss_newton_bartlett_in_bfloat16_is_near_float32(curvature):

@@ -175,7 +175,46 @@ def test_a_copy_of_a_compiled_model_is_one_of_its_own(head):
     assert all(twin(idx, targets) == before for twin in copies)
 
 
+@pytest.mark.parametrize("compile", COMPILERS)
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_that_of_the_logits_in_float32_however_large_they_are(dtype, scale, compile):
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(64, 16), torch.randn(512, 16), torch.randint(512, (64,))
+    loss = ChunkLoss()
+    if compile:
+        torch.compiler.reset()
+        loss.compile(dynamic=False)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = F.linear(hidden, scale * weight)
+        found = mean_in_chunks(hidden, scale * weight, labels, 64, loss)
+    assert logits.dtype == dtype
+    assert found.item() == pytest.approx(F.cross_entropy(logits.float(), labels).item(), rel=1e-5, abs=1e-3)
+
+
 # Dropout
+
+
+def test_dropout_is_at_the_embedding_and_three_places_of_each_block_and_for_training_alone(monkeypatch):
+    used, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+
+    def noted(x, p=0.5, training=True, *rest):
+        used.append(p if training else 0.0)
+        return dropout(x, p, training, *rest)
+
+    def noted_attention(*heads, dropout_p=0.0, **options):
+        used.append(dropout_p)
+        return attention(*heads, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", noted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted_attention)
+    model, idx = GPT(replace(TINY, dropout=0.3)), torch.zeros(1, 16, dtype=torch.int64)
+    assert not torch.equal(model(idx), model(idx))
+    assert used == [0.3] * 2 * (1 + 3 * TINY.n_layer)
+    model.eval()
+    used.clear()
+    assert torch.equal(model(idx), model(idx))
+    assert set(used) == {0.0}
 
 
 @pytest.mark.parametrize("compile", COMPILERS)
@@ -278,17 +317,3 @@ def test_generation_follows_the_seed_and_the_options():
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
-
-
-def test_an_evaluation_computes_no_gradients():
-    class Spy(ChunkLoss):
-        def forward(self, hidden, weight, targets, d_weight):
-            given.append(d_weight is not None)
-            return super().forward(hidden, weight, targets, d_weight)
-
-    given, model, idx = [], GPT(TINY), torch.zeros(1, 16, dtype=torch.long)
-    model.label_loss = Spy()
-    with torch.no_grad():
-        model(idx, idx)
-    model(idx, idx)
-    assert given == [False, True]

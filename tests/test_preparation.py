@@ -253,6 +253,11 @@ def test_a_kill_while_the_files_get_their_names_loses_nothing(tmp_path, step):
         assert sorted(contents(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
+def test_files_get_their_names_when_the_disk_has_them(tmp_path, renamed):
+    write_data_set(tmp_path, SMALL, Bytes(), 1)
+    assert renamed == dict.fromkeys(["progress.json", "meta.json", "train.bin", "val.bin"], True)
+
+
 def test_tokens_that_are_gone_are_not_filled_up(tmp_path):
     kill_before("meta.json", tmp_path)
     (tmp_path / "train.bin.tmp").write_bytes(b"ab")

@@ -1,9 +1,9 @@
 """Weights in and out: Hugging Face's GPT-2, nanoGPT's and Sophia's ckpt.pt, export.py and what reads its folders."""
 
-import bz2
 import json
 import os
 import pickle
+import pydoc_data.topics
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,6 @@ import pretrained
 import sample
 from model import GPT, GPTConfig
 from records.loading import load_model
-from run.settings import ROOT
 from tests.conftest import write_dataset
 from tokens.hugging_face import tokenizer_files
 from tokens.tokenizers import TOKENIZERS
@@ -214,17 +213,9 @@ def test_an_exported_tokenizer_encodes_as_the_project_does(name, exported_tokeni
     assert theirs.encode(theirs.eos_token) == [theirs.eos_token_id] == [theirs.bos_token_id] == [ours.end_of_text]
 
 
-def test_the_exported_gpt2_tokenizer_encodes_a_megabyte_of_books_as_tiktoken_does(exported_tokenizer):
-    path = ROOT.parent / "shared" / "corpus" / "books.jsonl.bz2"
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    texts, size = [], 0
-    with bz2.open(path, "rt", encoding="utf-8") as lines:
-        while size < 2**20:
-            texts.append(json.loads(next(lines))["text"][: 2**20 - size])
-            size += len(texts[-1])
+def test_the_exported_gpt2_tokenizer_encodes_pythons_reference_as_tiktoken_does(exported_tokenizer):
     theirs = exported_tokenizer("gpt2")
-    for text in texts:
+    for text in pydoc_data.topics.topics.values():
         assert theirs.encode(text, verbose=False) == TOKENIZERS["gpt2"].encode(text)
 
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from run import settings
 from run.errors import RankError, UserError
-from run.machine import Machine
-from tests.conftest import TINY, arguments, write_dataset
-from tokens.batches import Ahead, Batches
+from tests.conftest import write_dataset
+from tokens.batches import Ahead
 from tokens.token_files import Tokens, open_data, pairs
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 100_000)
@@ -78,42 +76,6 @@ def test_tokens_beyond_int16_keep_their_value():
     assert x.tolist() == [[0, 32767, 32768, 50256]]
     assert y.tolist() == [[32767, 32768, 50256, 65535]]
     assert x.dtype == y.dtype == torch.int64
-
-
-def test_reading_ahead_changes_no_batch(dataset):
-    s = settings.read(arguments(**TINY | {"dataset": dataset, "micro_batch_size": 2}))
-    data = open_data(s.dataset, s.block_size)
-    batches = Batches(data, s, Machine(torch.device("cpu"), torch.float32, compile=False))
-    for step in (1, 2, 3, 9, 4, 4):  # in turn, and as a resumed run might jump
-        x = torch.cat([x for x, _ in batches.train(step)])
-        assert torch.equal(x, pairs(data.train_rows(s.seed, step, 8, 0, 8))[0])
-        next(batches.train(step))  # a batch that is not read to its end
-    assert batches.seconds_waited > 0
-
-
-def test_the_host_waits_for_no_copy_to_a_gpu(dataset, monkeypatch):
-    """With a GPU that is not there: what is copied to it stays where it is."""
-    pinned, waited = set(), []
-    real = torch.Tensor.to
-
-    def pin_memory(tensor):
-        pinned.add(tensor.data_ptr())
-        return tensor
-
-    def to(tensor, target, non_blocking=False):
-        if target != torch.device("cuda", 0):
-            return real(tensor, target)
-        waited.append(not non_blocking or tensor.data_ptr() not in pinned)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    s = settings.read(arguments(**TINY | {"dataset": dataset, "optimizer": "sophiag"}))
-    machine = Machine(torch.device("cuda", 0), torch.float32, compile=False)
-    batches = Batches(open_data(s.dataset, s.block_size), s, machine)
-    list(batches.train(1)), list(batches.curvature(1, 4)), list(batches.validation()), batches.label_uniforms(1)
-    assert waited == [False] * (2 + 1 + 3 + 1)
 
 
 def test_what_is_wrong_ahead_is_told_when_it_is_needed():

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,20 +17,9 @@ from run import errors, ranks
 from run.machine import Machine
 from run.ranks import Ranks
 from run.roll_call import meet
-from tests.conftest import (
-    OPTIMIZERS,
-    arguments,
-    last_checkpoint,
-    rows_of,
-    same_weights,
-    text_dataset,
-    without_timings,
-    write_dataset,
-)
+from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUND, difference, settings_of, torchrun
-from tokens.batches import Batches
 from tokens.token_files import open_data
-from training.curvature import Curvature
 from training.meter import culprits
 from training.parallel import DataParallel
 from training.start import check_same_job
@@ -96,31 +84,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_next_step(folder):
     assert "a signal to another rank: stopped after step 4, whose checkpoint is written" in done.stderr
     assert "exitcode  : 75" in done.stderr
     assert last_checkpoint(folder / "signal").name == "step_00000004"
-
-
-class Alone(Ranks):
-    """A rank that hears nothing of the others."""
-
-    def all_reduce(self, tensors): ...
-
-
-def test_every_rank_has_dropout_masks_of_its_own(tmp_path):
-    write_dataset(tmp_path, [5] * 99, [5] * 99)  # of one token, so that only the masks can differ
-    options = {"dataset": tmp_path, "out_dir": tmp_path / "out", "dropout": 0.3}
-    s = script.read(arguments(**settings_of(tmp_path, "sophiag", 2) | options))
-    torch.manual_seed(0)
-    model, data = GPT(GPTConfig(16, 256, 2, 2, 16, 0.3)), open_data(s.dataset, s.block_size)
-
-    def pass_of(rank, step):
-        machine = Machine(torch.device("cpu"), torch.float32, False, Alone(rank, 2))
-        batches = Batches(data, s, machine)
-        loss = script.accumulate_gradients(step, DataParallel(model, replace(machine, ranks=Ranks())), batches)
-        curvature = Curvature(model, s, machine, batches).estimate(step, [model.ln_f.weight])
-        return loss.item(), curvature[0].sum().item()
-
-    passes = [pass_of(*place) for place in ((0, 1), (1, 1), (0, 2), (0, 1))]
-    assert passes[0] == passes[3]
-    assert all(len(set(values)) == 3 for values in zip(*passes, strict=True))
 
 
 # Faults

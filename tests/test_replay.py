@@ -39,7 +39,7 @@ def float64():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ten_steps_are_those_written_out_by_hand(train, tmp_path, dataset, name):
-    options = {"rho": RHO.get(name), "hessian_bias_correction": name == "sophiag-averaged"}
+    options = {"rho": RHO.get(name), "hessian_bias_correction": name == "sophiag-averaged", "bias": name == "adamw"}
     rows = train(tmp_path, **SETTINGS | OPTIMIZERS[name] | options)
     start, end = (load_file(tmp_path / f"checkpoints/step_{step:08}/model.safetensors") for step in (0, STEPS))
     text, held_out = (np.fromfile(dataset / f"{split}.bin", "<u2").astype(np.int64) for split in ("train", "val"))
@@ -115,11 +115,12 @@ def logits(weights, x):
     """(B, T, V) for tokens (B, T)."""
 
     def linear(x, name):
-        return x @ weights[f"{name}.weight"].mT
+        return x @ weights[f"{name}.weight"].mT + weights.get(f"{name}.bias", 0)
 
     def norm(x, name):
         x = x - x.mean(dim=-1, keepdim=True)
-        return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
+        x = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        return x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
 
     later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     x = weights["wte.weight"][x] + weights["wpe.weight"][: x.shape[1]]

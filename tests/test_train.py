@@ -20,7 +20,6 @@ from records import metrics
 from run import errors
 from run.settings import ROOT
 from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
-from training.optimizers import parameter_groups
 
 
 def initial_model(seed=1337):
@@ -68,17 +67,6 @@ def test_dropout_is_for_training_alone(train, tmp_path):
     for one, other in zip(with_it, without, strict=True):
         assert one["val/loss"] == other["val/loss"]
         assert one["step"] == 0 or one["train/loss"] != other["train/loss"]
-
-
-def test_weight_decay_is_for_matrices_but_not_embeddings():
-    model = GPT(GPTConfig(8, 64, 1, 2, 8, bias=True))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, others = parameter_groups(model, 0.3)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert {names[p] for p in decayed["params"]} == {
-        "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight",
-    }  # fmt: skip
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

@@ -14,8 +14,8 @@ from pathlib import Path
 from run.settings import ROOT
 from tests.conftest import OPTIMIZERS, TINY, rows_of, text_dataset
 
-# What each rank has to do is uneven: 6 sequences for curvature, or 3 groups of them, and 10 validation blocks. With such
-# a rho some coordinates are not clipped, so that h matters.
+# What each rank has to do is uneven: 6 sequences for curvature, or 3 groups of them, and 10 validation blocks.
+# With such a rho some coordinates are not clipped, so that h matters.
 SETTINGS = TINY | {"batch_size": 12, "hessian_batch_size": 6, "rho": 1.0}
 MICRO_BATCH_SIZES = {1: 4, 2: 3, 3: 2, 4: 1}
 BOUND = 1e-5

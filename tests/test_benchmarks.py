@@ -180,12 +180,6 @@ def test_sample_compares_our_generation_with_a_peers(tmp_path):
     assert (result["dtype"], result["rounds"]) == ("float32", 2)
 
 
-def test_train_ends_with_the_name_of_the_step_that_fails(call, refused, peer):
-    (peer / "sophia.py").write_text("raise OSError('no such\\nlibrary')")
-    line = refused(lambda: call(benchmarks, "train", *SMALL, "--peer", peer))
-    assert f"the step of {peer.name}_as_it_runs failed: OSError: no such\\nlibrary" in line
-
-
 def test_profile_tells_where_the_time_goes(call, tmp_path):
     result = json.loads(call(benchmarks, "profile", *SMALL, "--trace", tmp_path / "trace.json"))
     shares = [share for name, share in result.items() if name.startswith("share ")]

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,25 @@ def same_weights(left, right):
     """Whether two checkpoint folders hold bit-identical weights and optimizer state."""
     return all((left / name).read_bytes() == (right / name).read_bytes() for name in
                ("model.safetensors", "optimizer.safetensors"))  # fmt: skip
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """What gets its name while the test runs, and whether the disk had all of it by then."""
+    flushed, found = set(), {}
+
+    def watch(name, note):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments: (note(*arguments), function(*arguments))[1])
+
+    def note_rename(old, new):
+        paths = [Path(old), *Path(old).rglob("*")]
+        found[Path(new).name] = all(path.stat().st_ino in flushed for path in paths)
+
+    watch("fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    watch("rename", note_rename)
+    watch("replace", note_rename)
+    return found
 
 
 @pytest.fixture

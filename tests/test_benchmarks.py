@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-
 from benchmarks import __main__ as benchmarks
 from benchmarks import gpu_check
+
 from run.settings import ROOT
 from tests.conftest import arguments
 
-SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
+# in float32, as a processor without bfloat16 products takes minutes for large ones
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2, "dtype": "float32"}
 SMALL = ["--rounds=2", "--json", *arguments(device="cpu", compile=False, **SHAPE)]
 PEER = """
 import torch
@@ -177,12 +178,6 @@ def test_sample_compares_our_generation_with_a_peers(tmp_path):
         assert result[f"tokens_per_second_{name}"] == 500 / result[f"seconds_{name}"]
     assert result[f"speed_over_{tmp_path.name}"] == result[f"seconds_{tmp_path.name}"] / result["seconds_ours"]
     assert (result["dtype"], result["rounds"]) == ("float32", 2)
-
-
-def test_train_ends_with_the_name_of_the_step_that_fails(call, refused, peer):
-    (peer / "sophia.py").write_text("raise OSError('no such\\nlibrary')")
-    line = refused(lambda: call(benchmarks, "train", *SMALL, "--peer", peer))
-    assert f"the step of {peer.name}_as_it_runs failed: OSError: no such\\nlibrary" in line
 
 
 def test_profile_tells_where_the_time_goes(call, tmp_path):

@@ -51,6 +51,11 @@ def test_old_checkpoints_go_but_the_newest_and_the_best_stay(train, tmp_path):
     assert [checkpoints.step_of(folder) for folder in checkpoints.folders(tmp_path)] == sorted({best, 18, 20})
 
 
+def test_a_checkpoint_gets_its_name_when_the_disk_has_all_of_it(train, tmp_path, renamed):
+    train(tmp_path, max_iters=1)
+    assert renamed["step_00000000"] and renamed["step_00000001"]
+
+
 def test_a_deletion_that_was_interrupted_does_no_harm(train, tmp_path):
     train(tmp_path, max_iters=10)
     doomed = tmp_path / "checkpoints" / "step_00000005.tmp"

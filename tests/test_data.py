@@ -5,13 +5,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from tokens.batches import Ahead
+from tokens.token_files import Tokens, open_data, pairs
 
 from data.token_files import Tokens, open_data, pairs
-from run import settings
 from run.errors import RankError, UserError
-from run.machine import Machine
-from tests.conftest import TINY, arguments, write_dataset
-from training.batches import Ahead, Batches
+from tests.conftest import write_dataset
+from training.batches import Ahead
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 100_000)
 
@@ -66,48 +66,18 @@ def test_the_sequences_of_a_seed_and_a_step_never_change(tmp_path):
     assert data.fingerprint() == "15748e0b57a438bd791eb1c5ca8ef37b67850a6fcecbf6e16e44687428d411a4"
 
 
+@pytest.mark.parametrize("count", [80, 81, 82])  # of tokens: one short of five blocks and a target, as many, one more
+def test_validation_takes_every_block_that_has_a_target_for_each_token(tmp_path, count):
+    write_dataset(tmp_path, TOKENS, TOKENS[:count])
+    assert open_data(f"{tmp_path}", 16).val_blocks(0).tolist() == list(range(0, count - 16, 16))
+
+
 def test_tokens_beyond_int16_keep_their_value():
     rows = np.array([[0, 32767, 32768, 50256, 65535]], dtype=np.uint16)
     x, y = pairs(torch.from_numpy(rows.view(np.int16)))
     assert x.tolist() == [[0, 32767, 32768, 50256]]
     assert y.tolist() == [[32767, 32768, 50256, 65535]]
     assert x.dtype == y.dtype == torch.int64
-
-
-def test_reading_ahead_changes_no_batch(dataset):
-    s = settings.read(arguments(**TINY | {"dataset": dataset, "micro_batch_size": 2}))
-    data = open_data(s.dataset, s.block_size)
-    batches = Batches(data, s, Machine(torch.device("cpu"), torch.float32, compile=False))
-    for step in (1, 2, 3, 9, 4, 4):  # in turn, and as a resumed run might jump
-        x = torch.cat([x for x, _ in batches.train(step)])
-        assert torch.equal(x, pairs(data.train_rows(s.seed, step, 8, 0, 8))[0])
-        next(batches.train(step))  # a batch that is not read to its end
-    assert batches.seconds_waited > 0
-
-
-def test_the_host_waits_for_no_copy_to_a_gpu(dataset, monkeypatch):
-    """With a GPU that is not there: what is copied to it stays where it is."""
-    pinned, waited = set(), []
-    real = torch.Tensor.to
-
-    def pin_memory(tensor):
-        pinned.add(tensor.data_ptr())
-        return tensor
-
-    def to(tensor, target, non_blocking=False):
-        if target != torch.device("cuda", 0):
-            return real(tensor, target)
-        waited.append(not non_blocking or tensor.data_ptr() not in pinned)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    s = settings.read(arguments(**TINY | {"dataset": dataset, "optimizer": "sophiag"}))
-    machine = Machine(torch.device("cuda", 0), torch.float32, compile=False)
-    batches = Batches(open_data(s.dataset, s.block_size), s, machine)
-    list(batches.train(1)), list(batches.curvature(1, 4)), list(batches.validation()), batches.label_uniforms(1)
-    assert waited == [False] * (2 + 1 + 3 + 1)
 
 
 def test_what_is_wrong_ahead_is_told_when_it_is_needed():

@@ -1,7 +1,6 @@
 """evaluate.py: the model that the lm-evaluation-harness sees, and SuperGLUE on small files of made-up examples."""
 
 import copy
-import dataclasses
 import importlib.util
 import json
 import math
@@ -102,14 +101,6 @@ def test_loglikelihood_is_that_of_a_plain_computation_in_float64(gpt):
     expected = [plain_score(gpt, context.encode(), answer.encode()) for context, answer in pairs]
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-
-
-@needs_harness
-def test_an_answer_is_greedy_if_it_is_what_the_model_would_write(gpt):
-    tokens = gpt.generate(torch.tensor([list(b"The cat")]), 5, temperature=0)[0, 7:].tolist()
-    model = seen_by_harness(gpt)
-    right, wrong = (None, list(b"The cat"), tokens), (None, list(b"The cat"), [*tokens[:4], (tokens[4] + 1) % 256])
-    assert [greedy for _, greedy in model._loglikelihood_tokens([right, wrong], True)] == [True, False]
 
 
 @needs_harness
@@ -229,22 +220,6 @@ def test_every_prompt_asks_in_its_own_words_and_shows_two_solved_examples(tasks)
         assert sum(subject(example).rstrip(".") in context for example in pools[task_of(request)]) == 2
     firsts = {request.task_name: request.args[0].split("\n\n")[-1] for request in seen}
     assert len(set(firsts.values())) == len(firsts) == 20
-
-
-@needs_harness
-def test_accuracy_is_that_of_a_count_by_hand(gpt, tasks):
-    model = copy.deepcopy(gpt)
-    model.config = dataclasses.replace(gpt.config, block_size=64)
-    model.wpe = torch.nn.Embedding(64, 16)
-    found = evaluate.scores(seen_by_harness(model), "", tasks, 3)
-    for name, prompts in tasks.items():
-        right = []
-        for task in prompts:
-            for i in range(3):
-                scores = [plain_score(model, *(text.encode() for text in request.args))[0]
-                          for request in task.instances if request.doc_id == i]  # fmt: skip
-                right.append(scores.index(max(scores)) == LABELS[name.removeprefix("superglue_")](ASKED[i]))
-        assert found["tasks"][name]["acc"] == pytest.approx(fmean(right))
 
 
 @needs_harness

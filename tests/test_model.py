@@ -50,31 +50,12 @@ def test_logits_equal_those_of_transformers(tmp_path, activation, inverse_layer_
     assert expected.abs().max() > 1  # or the comparison would mean nothing
 
 
-def test_from_pretrained_can_shorten_the_context(tmp_path):
-    hugging_face().save_pretrained(tmp_path)
-    whole, short = GPT.from_pretrained(str(tmp_path)), GPT.from_pretrained(str(tmp_path), block_size=8)
-    idx = torch.randint(97, (2, 8))
-    assert torch.equal(whole(idx), short(idx))
-    with pytest.raises(ValueError, match="fewer than block_size 64"):
-        GPT.from_pretrained(str(tmp_path), block_size=64)
-
-
 def test_defaults_are_gpt2_small():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert sum(p.numel() for p in model.parameters()) == 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
     # 6 operations a weight and 12 * n_layer * n_embd * T for attention
     assert model.flops_per_token() == 6 * (50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768) + 12 * 12 * 768 * 1024
-
-
-def test_loss_is_the_mean_over_targets_that_are_not_minus_one():
-    torch.manual_seed(0)
-    model = GPT(TINY)
-    idx, targets = torch.randint(64, (2, 16)), torch.randint(64, (2, 16))
-    targets[0, 3:] = -1
-    log_probabilities = model(idx).log_softmax(dim=-1)
-    kept = [-log_probabilities[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] >= 0]
-    assert torch.allclose(model(idx, targets), torch.stack(kept).mean())
 
 
 # The head goes over the positions in chunks
@@ -178,7 +159,46 @@ def test_a_copy_of_a_compiled_model_is_one_of_its_own(head):
     assert all(twin(idx, targets) == before for twin in copies)
 
 
+@pytest.mark.parametrize("compile", COMPILERS)
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_that_of_the_logits_in_float32_however_large_they_are(dtype, scale, compile):
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(64, 16), torch.randn(512, 16), torch.randint(512, (64,))
+    loss = ChunkLoss()
+    if compile:
+        torch.compiler.reset()
+        loss.compile(dynamic=False)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = F.linear(hidden, scale * weight)
+        found = mean_in_chunks(hidden, scale * weight, labels, 64, loss)
+    assert logits.dtype == dtype
+    assert found.item() == pytest.approx(F.cross_entropy(logits.float(), labels).item(), rel=1e-5, abs=1e-3)
+
+
 # Dropout
+
+
+def test_dropout_is_at_the_embedding_and_three_places_of_each_block_and_for_training_alone(monkeypatch):
+    used, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+
+    def noted(x, p=0.5, training=True, *rest):
+        used.append(p if training else 0.0)
+        return dropout(x, p, training, *rest)
+
+    def noted_attention(*heads, dropout_p=0.0, **options):
+        used.append(dropout_p)
+        return attention(*heads, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", noted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted_attention)
+    model, idx = GPT(replace(TINY, dropout=0.3)), torch.zeros(1, 16, dtype=torch.int64)
+    assert not torch.equal(model(idx), model(idx))
+    assert used == [0.3] * 2 * (1 + 3 * TINY.n_layer)
+    model.eval()
+    used.clear()
+    assert torch.equal(model(idx), model(idx))
+    assert set(used) == {0.0}
 
 
 @pytest.mark.parametrize("compile", COMPILERS)
@@ -259,39 +279,6 @@ def test_initialisation_is_gpt2s():
             assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-def test_generation_follows_the_seed_and_the_options():
-    torch.manual_seed(0)
-    model = GPT(TINY).eval()
-    with torch.no_grad():
-        model.wte.weight.mul_(50)  # a model with preferences
-    idx = torch.randint(64, (2, 5))
-
-    def draw(seed, **options):
-        return model.generate(idx, 20, generator=torch.Generator().manual_seed(seed), **options)
-
-    assert draw(1).shape == (2, 25)
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert torch.equal(draw(1)[:, :5], idx)
-    greedy = draw(1, temperature=0)
-    assert torch.equal(greedy, draw(2, temperature=0.7, top_k=1))
-    assert torch.equal(greedy[:, 5], model(idx)[:, -1].argmax(dim=-1))
-
-
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
-
-
-def test_an_evaluation_computes_no_gradients():
-    class Spy(ChunkLoss):
-        def forward(self, d_weight, *inputs):
-            given.append(d_weight is not None)
-            return super().forward(d_weight, *inputs)
-
-    given, model, idx = [], GPT(TINY), torch.zeros(1, 16, dtype=torch.long)
-    model.chunk_loss = Spy()
-    with torch.no_grad():
-        model(idx, idx)
-    model(idx, idx)
-    assert given == [False, True]

@@ -153,6 +153,13 @@ def numbers_of(step, names):
     return {name: number for name, number in numbers.items() if name in names}
 
 
+def test_the_defaults_are_the_papers():
+    params, sophia = [torch.nn.Parameter(torch.ones(1))], {"lr": 6e-4, "betas": (0.96, 0.99), "weight_decay": 0.2}
+    assert SophiaG(params).defaults == sophia | {"rho": 0.05, "eps": 1e-12}
+    assert SophiaH(params).defaults == sophia | {"rho": 0.01, "eps": 1e-12}
+    assert Lion(params).defaults == {"lr": 1e-4, "betas": (0.95, 0.98), "weight_decay": 0.0}
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("optimizer_class", [SophiaG, Lion])
 def test_the_compiled_update_gives_the_same_float32_numbers_and_is_compiled_once(optimizer_class):

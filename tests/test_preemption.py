@@ -12,7 +12,18 @@ from tests.conftest import last_checkpoint, needs_compiler, same_weights, withou
 
 
 @pytest.fixture
-def signalled(monkeypatch):
+def heeded():
+    """The signals do what they do in a terminal, whatever is ignored around the tests, as by `nohup make test &`."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signalled(monkeypatch, heeded):
     """signalled(step, *signals) has this process get the signals in the middle of a step."""
     correct = script.accumulate_gradients
 
@@ -57,6 +68,13 @@ def test_the_same_command_goes_on_to_the_weights_and_the_rows_of_a_run_that_was_
     parts = train(tmp_path / "parts", **options)
     assert same_weights(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts"))
     assert without_timings(whole) == without_timings(parts)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_that_is_ignored_around_a_run_stays_so(train, tmp_path, signalled, number):
+    signal.signal(number, signal.SIG_IGN)
+    signalled(2, number)
+    assert train(tmp_path, max_iters=4)[-1]["step"] == 4
 
 
 def test_a_second_interrupt_does_not_wait(train, tmp_path, signalled):

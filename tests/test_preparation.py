@@ -89,11 +89,13 @@ def test_the_tokens_are_nanogpts_whatever_the_format_and_the_workers(openwebtext
     assert (meta["train_tokens"], meta["val_tokens"], meta["source"]) == (*map(len, expected.values()), path.name)
 
 
-def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, tmp_path):
+def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, refused, tmp_path):
     path = write_documents(tmp_path / "d.jsonl", column="body")
     options = "--text-column=body --val-fraction=0.1 --tokenizer=bytes --out-dir".split()
     call(openwebtext, "--data-files", path, *options, tmp_path / "out")
     assert made(tmp_path / "out") == nanogpts_tokens(str.encode, 0, 0.1)
+    other = [tmp_path / "out", "--val-fraction=0.2"]
+    assert "holds another data set" in refused(lambda: call(openwebtext, "--data-files", path, *options, *other))
 
 
 HUB_CARD = """---
@@ -288,6 +290,11 @@ def test_a_kill_while_the_files_get_their_names_loses_nothing(tmp_path, step):
         write_data_set(tmp_path, SMALL, Bytes(), 1)
         assert made(tmp_path) == SMALL_TOKENS
         assert sorted(contents(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_files_get_their_names_when_the_disk_has_them(tmp_path, renamed):
+    write_data_set(tmp_path, SMALL, Bytes(), 1)
+    assert renamed == dict.fromkeys(["progress.json", "meta.json", "train.bin", "val.bin"], True)
 
 
 def test_tokens_that_are_gone_are_not_filled_up(tmp_path):

@@ -1,9 +1,9 @@
 """Weights in and out: Hugging Face's GPT-2, nanoGPT's and Sophia's ckpt.pt, export.py and what reads its folders."""
 
-import bz2
 import json
 import os
 import pickle
+import pydoc_data.topics
 import re
 import shutil
 import sys
@@ -14,7 +14,10 @@ import evaluate
 import export
 import pytest
 import torch
+from records.loading import load_model
 from safetensors.torch import load_file
+from tokens.hugging_face import tokenizer_files
+from tokens.tokenizers import TOKENIZERS
 
 import sample
 import train as train_script
@@ -22,7 +25,6 @@ from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from plot import read_curves
 from run.files import write_json
-from run.settings import ROOT
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
@@ -329,17 +331,9 @@ def test_an_exported_tokenizer_encodes_as_the_project_does(name, exported_tokeni
     assert theirs.encode(theirs.eos_token) == [theirs.eos_token_id] == [theirs.bos_token_id] == [ours.end_of_text]
 
 
-def test_the_exported_gpt2_tokenizer_encodes_a_megabyte_of_books_as_tiktoken_does(exported_tokenizer):
-    path = ROOT.parent / "shared" / "corpus" / "books.jsonl.bz2"
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    texts, size = [], 0
-    with bz2.open(path, "rt", encoding="utf-8") as lines:
-        while size < 2**20:
-            texts.append(json.loads(next(lines))["text"][: 2**20 - size])
-            size += len(texts[-1])
+def test_the_exported_gpt2_tokenizer_encodes_pythons_reference_as_tiktoken_does(exported_tokenizer):
     theirs = exported_tokenizer("gpt2")
-    for text in texts:
+    for text in pydoc_data.topics.topics.values():
         assert theirs.encode(text, verbose=False) == TOKENIZERS["gpt2"].encode(text)
 
 
@@ -357,6 +351,8 @@ def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     card = (folder / "README.md").read_text()
     assert f"| val/loss at step 3 | {rows[-1]['val/loss']:.4f} |" in card
     assert "--optimizer=sophiag" in card
+    parameters = 256 * 16 + 16 * 16 + 2 * (12 * 16**2 + 2 * 16) + 16
+    assert f"A GPT-2 with {parameters:,} parameters, pretrained on {3 * 8 * 16} tokens of" in card
 
     model, tokenizer = hugging_face(folder), hugging_face(folder, "AutoTokenizer")
     ours, byte, name = load_model(str(tmp_path / "run"), None, torch.device("cpu"))

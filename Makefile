@@ -20,12 +20,13 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements-dev.txt requirements-eval.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+TEST_TOOLS := tests/requirements.txt tools/requirements.txt requirements.txt
+.venv/test: $(TEST_TOOLS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
 # what the tests of CUDA need, unless PyTorch brought it; a CPU build does not expect it in the environment itself
-.venv/triton: requirements-triton.txt | .venv/test
+.venv/triton: tests/cuda/requirements.txt | .venv/test
 	rm -rf $@
 	$(BIN)/python -c "import triton" 2> /dev/null \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $< \
@@ -46,7 +47,7 @@ test: .venv/test .venv/triton
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 gpu-check: .venv/test
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m tools.gpu_check
 
 format: .venv/test
 	$(BIN)/ruff format .

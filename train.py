@@ -10,7 +10,7 @@ import math
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.token_files import TokenData, open_data
 from model import GPT
@@ -29,28 +29,35 @@ from training.parallel import form_buckets, wrap
 from training.start import RunFolder, as_used, check_same_job, describe, make_model, resume
 
 
-def update(
-    step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature, machine: Machine
-) -> StepResult:
+def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature) -> StepResult:
     """Update `step` (from 1) of the weights, without a wait for its results."""
     settings, params = batches.settings, parameters(optimizer)
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = learning_rate(settings, step), betas(settings, step)
     if curvature.is_due(step):
         optimizer.update_hessian(curvature.estimate(step, params))
+    loss = accumulate_gradients(step, model, batches)
+    norm = torch.nn.utils.clip_grad_norm_(params, settings.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss, norm)
+
+
+def accumulate_gradients(step: int, model: nn.Module, batches: Batches) -> Tensor:
+    """Leave the gradient of the mean loss over the batch of update `step`, of all ranks, in the parameters' .grad.
+    Returns the mean loss over this rank's part of the batch.
+    """
+    settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
         randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
-        model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP's: exchange the sum at the end
+        model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP exchanges the last one's sum
         with machine.forward_context():
             loss = model(x, y) / batches.accumulation_steps
         loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(params, settings.grad_clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(total, norm)
+    return total
 
 
 @torch.no_grad()
@@ -124,7 +131,7 @@ def train(
             writer.finish_or_fail()  # what cannot be written now will hardly be written later
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
-            meter.add(update(step, parallel, optimizer, batches, curvature, machine))
+            meter.add(update(step, parallel, optimizer, batches, curvature))
             stopping = signals.stop_requested()
             evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
             logging = step % settings.log_interval == 0 or evaluating

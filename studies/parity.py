@@ -64,7 +64,7 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
     ]
     losses = their_losses(model, peers.optimizer(groups, settings, folder), settings, Batches(data, settings, machine))
     step_of = functools.partial(update, model=ours, optimizer=optimizer, batches=batches, curvature=curvature)
-    pairs = [(step_of(step, machine=machine).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
+    pairs = [(step_of(step).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
     return {
         "optimizer": name,
         "losses": {step: pairs[step - 1] for step in SHOWN},

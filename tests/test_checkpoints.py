@@ -7,11 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import filelock
 import pytest
-import torch
 from records import checkpoint_writer, checkpoints
 from safetensors.torch import load_file, save_file
 
@@ -244,94 +242,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, tmp_path, monkeyp
     train(tmp_path / "slow", keep_checkpoints=5)
     for step in (10, 20):
         assert same_weights(*(tmp_path / name / f"checkpoints/step_{step:08d}" for name in ("plain", "slow")))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sophiah", "sophiag"])
-def test_a_checkpoint_holds_the_weights_and_the_state_of_its_step_however_slow_the_copies(
-    train, tmp_path, monkeypatch, optimizer
-):
-    options = {"optimizer": optimizer, "hessian_interval": 1, "eval_interval": 4, "keep_checkpoints": 9}
-    train(tmp_path / "plain", **options)
-    real = torch.Tensor.copy_
-
-    def copy(*tensors, **options):
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.002)
-        return real(*tensors, **options)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", copy)
-    train(tmp_path / "slow", **options)
-    plain, slow = (checkpoints.folders(tmp_path / name) for name in ("plain", "slow"))
-    assert len(plain) == 6
-    assert all(same_weights(*folders) for folders in zip(plain, slow, strict=True))
-
-
-class LateStream:
-    """Stands in for torch.cuda's streams and events: a copy that is asked for within this stream is made when something
-    waits for an event that was recorded after it.
-    """
-
-    def __init__(self):
-        self.here, self.lock = threading.local(), threading.Lock()
-        self.copies, self.waited = [], []
-
-    def __call__(self):
-        return self
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        assert stream is self
-        self.here.active = True
-        yield
-        self.here.active = False
-
-    def copy_(self, copy, tensor, non_blocking=False):
-        if getattr(self.here, "active", False):
-            self.copies.append((copy, tensor))
-        else:
-            REAL_COPY(copy, tensor)
-
-    def make(self, count):
-        with self.lock:
-            for copy, tensor in self.copies[:count]:
-                REAL_COPY(copy, tensor)
-            del self.copies[:count]
-
-
-class LateEvent:
-    def __init__(self, stream):
-        self.stream, self.after = stream, 0
-
-    def record(self):
-        self.after = len(self.stream.copies)
-
-    def wait(self):
-        """In the thread: the stream waits, for the device. In the loop: the device does, for the stream."""
-        self.stream.waited.append(threading.current_thread() is threading.main_thread())
-        self.stream.make(self.after)
-
-    def synchronize(self):
-        assert threading.current_thread() is not threading.main_thread()
-        time.sleep(0.05)  # so that the device waits first, if it does
-        self.stream.make(self.after)
-
-
-REAL_COPY = torch.Tensor.copy_
-
-
-def test_the_next_update_waits_for_the_copies_on_a_gpu_and_the_loop_does_not(train, tmp_path, monkeypatch):
-    options = {"optimizer": "sophiag", "hessian_interval": 1, "eval_interval": 4, "keep_checkpoints": 9}
-    train(tmp_path / "plain", **options)
-    late = LateStream()
-    monkeypatch.setattr(torch.cpu, "Stream", late)
-    monkeypatch.setattr(torch.cpu, "stream", late.stream)
-    monkeypatch.setattr(torch.cpu, "Event", lambda: LateEvent(late))
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda *tensors, **options: late.copy_(*tensors, **options))
-    train(tmp_path / "late", **options)
-    plain, slow = (checkpoints.folders(tmp_path / name) for name in ("plain", "late"))
-    assert len(plain) == 6
-    assert all(same_weights(*folders) for folders in zip(plain, slow, strict=True))
-    assert late.waited.count(False) == 6  # each checkpoint waits for what the device did before
 
 
 def test_a_diverged_run_tells_of_the_checkpoint_that_was_being_written(train, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from tokens.batches import Ahead
-from tokens.token_files import Tokens, open_data, pairs
 
 from data.token_files import Tokens, open_data, pairs
 from run.errors import RankError, UserError

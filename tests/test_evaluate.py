@@ -6,13 +6,13 @@ import json
 import math
 from statistics import fmean, stdev
 
-import evaluate
 import pytest
 import torch
 
 from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from run.errors import UserError
+from tools import evaluate
 from tools.hugging_face import tokenizer_files
 
 BYTES = TOKENIZERS["bytes"]

@@ -16,6 +16,7 @@ from model import GPT, GPTConfig
 from run.machine import Machine
 from sophia import hutchinson, labels_from_uniforms
 from tests.conftest import COMPILERS
+from training import pretrained
 from training.curvature import SampledLabelLoss
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
@@ -41,7 +42,7 @@ def hugging_face(**settings):
 def test_logits_equal_those_of_transformers(tmp_path, activation, inverse_layer_scaling):
     theirs = hugging_face(scale_attn_by_inverse_layer_idx=inverse_layer_scaling, activation_function=activation)
     theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path))
+    ours = pretrained.load(str(tmp_path))
     assert ours.config.scale_attn_by_inverse_layer_idx == inverse_layer_scaling
     idx = torch.randint(97, (3, 32))
     with torch.no_grad():

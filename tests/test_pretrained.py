@@ -10,14 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
-import export
 import pytest
 import torch
-from records.loading import load_model
 from safetensors.torch import load_file
-from tokens.hugging_face import tokenizer_files
-from tokens.tokenizers import TOKENIZERS
 
 import sample
 import train as train_script
@@ -28,6 +23,7 @@ from run.files import write_json
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
+from tools import evaluate, export
 from tools.hugging_face import tokenizer_files
 from training import pretrained
 from training.pretrained import load_model
@@ -78,7 +74,7 @@ def test_an_exported_model_has_the_same_logits(size, scaled, bias, tmp_path):
 def test_export_import_and_export_give_the_same_bytes(bias, tmp_path):
     config = replace(TINY, bias=bias, scale_attn_by_inverse_layer_idx=bias, exact_gelu=bias)
     write(random_model(config), tmp_path / "a")
-    model = GPT.from_pretrained(str(tmp_path / "a"))
+    model = pretrained.load(str(tmp_path / "a"))
     assert model.config == replace(config, vocab_size=257, bias=True)
     write(model, tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -113,9 +109,9 @@ def test_weights_in_several_files_and_in_a_file_that_is_named_are_read(refused, 
     theirs.save_pretrained(tmp_path / "several", max_shard_size="10KB")
     files = sorted((tmp_path / "several").glob("*.safetensors"))
     assert len(files) > 1
-    whole = GPT.from_pretrained(str(tmp_path / "one")).state_dict()
+    whole = pretrained.load(str(tmp_path / "one")).state_dict()
     for source in (tmp_path / "several", tmp_path / "one" / "model.safetensors"):
-        read = GPT.from_pretrained(str(source)).state_dict()
+        read = pretrained.load(str(source)).state_dict()
         assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
     files[1].unlink()
     assert f"{files[1].name} is missing" in refused(lambda: call(sample, "--init_from", tmp_path / "several"))
@@ -141,7 +137,7 @@ def test_a_bin_file_is_refused_with_how_to_convert_it(refused, call, tmp_path):
 def test_any_name_is_asked_of_the_hub(name, tmp_path, monkeypatch):
     folder = write(random_model(TINY), tmp_path / "snapshot")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **_: {name: str(folder)}[asked])
-    assert GPT.from_pretrained(name).config == replace(TINY, bias=True)
+    assert pretrained.load(name).config == replace(TINY, bias=True)
 
 
 # nanoGPT
@@ -171,11 +167,11 @@ def nanogpt_checkpoint(path, gpt, prefix="", **changes):
 def test_a_checkpoint_of_nanogpt_gives_the_loss_it_had(bias, prefix, tmp_path):
     model = random_model(replace(TINY, bias=bias, exact_gelu=True))
     path = nanogpt_checkpoint(tmp_path / "ckpt.pt", model, prefix)
-    loaded = GPT.from_pretrained(path)
+    loaded = pretrained.load(path)
     assert loaded.config == model.config
     idx, targets = torch.randint(257, (2, 4, 16))
     assert loaded(idx, targets).item() == pytest.approx(model(idx, targets).item(), abs=1e-5)
-    assert torch.equal(GPT.from_pretrained(path, block_size=8)(idx[:, :8]), loaded(idx[:, :8]))
+    assert torch.equal(pretrained.load(path, block_size=8)(idx[:, :8]), loaded(idx[:, :8]))
 
 
 def test_a_checkpoint_of_sophias_code_has_scaled_attention_and_masks(tmp_path):
@@ -184,7 +180,7 @@ def test_a_checkpoint_of_sophias_code_has_scaled_attention_and_masks(tmp_path):
     path = nanogpt_checkpoint(
         tmp_path / "ckpt.pt", model, model=masks, model_args={"scale_attn_by_inverse_layer_idx": True}
     )
-    loaded, idx = GPT.from_pretrained(path), torch.randint(257, (2, 16))
+    loaded, idx = pretrained.load(path), torch.randint(257, (2, 16))
     assert loaded.config == model.config
     assert torch.equal(loaded(idx), model(idx))
 
@@ -399,7 +395,7 @@ def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, 
     card = (tmp_path / "exported" / "README.md").read_text()
     assert f"| val/loss at step 1 | {rows[1]['val/loss']:.4f} |" in card
     assert "(curves.png)" in card
-    exported = GPT.from_pretrained(str(tmp_path / "exported")).state_dict()
+    exported = pretrained.load(str(tmp_path / "exported")).state_dict()
     assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
     start = ["--start", "12 squared", "--max_new_tokens", 20]
     text = call(sample, "--out_dir", folder, *start)

@@ -33,7 +33,7 @@ from run import errors
 from run.machine import Machine, set_up
 from run.settings import Settings, complete, read
 from studies import peers
-from train import update
+from train import accumulate_gradients, update
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.optimizers import make_optimizer, parameters
@@ -83,7 +83,7 @@ def our_step(settings: Settings) -> Callable[[bool], None]:
     parallel, numbers = wrap(model, machine), {True: 1, False: 2}  # of the next updates with and without an estimate
 
     def step(with_estimate: bool) -> None:
-        update(numbers[with_estimate], parallel, optimizer, batches, curvature, machine)
+        update(numbers[with_estimate], parallel, optimizer, batches, curvature)
         numbers[with_estimate] += settings.hessian_interval
 
     return step
@@ -163,10 +163,7 @@ def curvature(options: Namespace, settings: Settings, machine: Machine) -> dict[
     batches, params = Batches(data, settings, machine), list(model.parameters())
 
     def gradients() -> None:
-        for x, y in batches.train(1):
-            with machine.forward_context():
-                loss = model(x, y)
-            loss.backward()
+        accumulate_gradients(1, model, batches)
         model.zero_grad()
 
     functions = {"train": gradients}

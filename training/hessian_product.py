@@ -103,9 +103,9 @@ class BeforeAttention(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        attn = self.block.attn
-        heads = attn.c_attn(self.block.ln_1(x)).unflatten(-1, (3, attn.n_head, -1))  # (B, T, 3, H, D)
-        return heads.permute(2, 0, 3, 1, 4).unbind()
+        (B, T, C), attn = x.shape, self.block.attn
+        parts = attn.c_attn(self.block.ln_1(x)).split(C, dim=2)
+        return tuple(part.view(B, T, attn.n_head, -1).transpose(1, 2) for part in parts)
 
 
 class AfterAttention(nn.Module):

@@ -21,32 +21,32 @@ FAULTS = ("none", "hang", "nan", "signal")
 
 
 def with_fault(fault: str):
-    """train.update on a rank that hangs, whose own gradient is not a number, or that is asked to stop."""
-    correct = train.update
+    """train.accumulate_gradients on a rank that hangs, whose own gradient is not a number, or that is asked to stop."""
+    correct = train.accumulate_gradients
 
-    def update(step, model, *others):
+    def accumulate_gradients(step, model, batches):
         if step != STEP:
-            return correct(step, model, *others)
+            return correct(step, model, batches)
         if fault == "hang":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds for it
             time.sleep(3600)
         if fault == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
-            return correct(step, model, *others)
+            return correct(step, model, batches)
         handle = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
         try:
-            return correct(step, model, *others)
+            return correct(step, model, batches)
         finally:
             handle.remove()
 
-    return update
+    return accumulate_gradients
 
 
 def main() -> None:
     fault, *runs = sys.argv[1:]
     assert fault in FAULTS, fault
     if fault != "none" and os.environ["RANK"] == "1":
-        train.update = with_fault(fault)
+        train.accumulate_gradients = with_fault(fault)
     torch.set_num_threads(1)
     for run in runs:
         sys.argv = ["train.py", *arguments(**json.loads(run))]

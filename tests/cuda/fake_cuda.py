@@ -2,7 +2,7 @@
 shape, a type and a device but no numbers; tensors of the host stay real. torch.compile goes all the way to Inductor's
 Triton source, and then does as if it ran.
 
-    from tests import fake_cuda  # before torch, so in a process of its own
+    from tests.cuda import fake_cuda  # before torch, so in a process of its own
 
     with fake_cuda.Gpu() as gpu, gpu.measuring() as usage:
         …                        # device="cuda" works, and a tensor on the wrong device is an error
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def load_guard() -> None:
     """Build and load fake_cuda_guard.cpp. torch looks for what it registers once, while it is imported."""
     if "torch" in sys.modules:
-        raise ImportError("tests.fake_cuda must be imported before torch")
+        raise ImportError("tests.cuda.fake_cuda must be imported before torch")
     torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     source = Path(__file__).with_name("fake_cuda_guard.cpp")
     key = hashlib.sha256(source.read_bytes() + (torch_folder / "version.py").read_bytes()).hexdigest()[:16]
@@ -69,7 +69,7 @@ from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import arg_tree_leaves, tree_map_only  # noqa: E402
 
-from tests.inductor_graph import Graph, stop_at_source  # noqa: E402
+from tests.cuda.inductor_graph import Graph, stop_at_source  # noqa: E402
 
 aten = torch.ops.aten
 H100 = types.SimpleNamespace(  # what torch asks of a device's properties

@@ -1,17 +1,13 @@
-"""What training would do on one H100, on the device of tests/fake_cuda.py, which is not there.
+"""What training would do on one H100, on the device of tests/cuda/fake_cuda.py, which is not there.
 
-    python -m tests.cuda_scenarios passes [CONFIG.py …] [--name=value …]
+    python -m tests.cuda.scenarios passes [CONFIG.py …] [--name=value …]
 
 prints, as JSON, what a micro-batch of training takes, an update of the optimizer and, with Sophia, an estimate of
 curvature: bytes of memory, bytes that Triton's kernels move, calls of library functions. Settings are train.py's.
 
-    python -m tests.cuda_scenarios memory [CONFIG.py …] [--name=value …]
-
-prints the peaks of Sophia-H for 1, 2, 6 and 12 layers, beside those that training/memory.py computes, and the largest
-micro_batch_size that by these fits on a GPU. The tests' own scenarios are `run` and `checks`.
+The tests' own scenarios are `run` and `checks`.
 """
 
-import bisect
 import contextlib
 import dataclasses
 import json
@@ -23,34 +19,26 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tests import fake_cuda  # isort: skip - before torch
+from tests.cuda import fake_cuda  # isort: skip - before torch
 
 import torch
-from benchmarks.common import random_tokens
-from records import checkpoint_writer
 from torch._dynamo.utils import counters
-from training.memory import HUTCHINSON, TRAINING, hutchinson_sequences, peak_bytes
 
 import sample
 import train
-from model import GPT, GPTConfig
 from run.machine import set_up
 from run.settings import Settings, read
 from tests.conftest import OPTIMIZERS, TINY, arguments, text_dataset
-from training.batches import Batches, divisors
+from tools.benchmark import random_tokens
+from training import checkpoint_writer
+from training.batches import Batches
 from training.curvature import Curvature
 from training.meter import StepResult
-from training.optimizers import make_optimizer, parameters
-from training.parallel import DataParallel
+from training.optimizers import Optimizer, make_optimizer, parameters
 from training.start import make_model
 
 UPDATE = train.update
 STEPS = 10  # the next step begins with an estimate
-# Those of the memory table
-SIZES = (
-    "config/gpt2_small.py", "config/gpt2_medium.py", "config/gpt2_540m.py", "config/gpt2_large.py",
-    "--n_layer=48 --n_head=25 --n_embd=1600",
-)  # fmt: skip
 PASSES = {  # of the 125M model, with fewer layers
     "sophiah": ["config/gpt2_small_sophiah.py", "--n_layer=1", "--micro_batch_size=24"],
     "sophiag": ["config/gpt2_small_sophiag.py", "--n_layer=1", "--micro_batch_size=12"],
@@ -65,21 +53,19 @@ RUN = TINY | {
 def passes(settings: Settings) -> dict[str, dict[str, Any]]:
     """What is taken by "training", one micro-batch; "update", one of the optimizer; and, with Sophia, "curvature", an
     estimate from as many sequences (in whole groups) and the update of its average. The optimizer's state is there
-    already; so are the gradients, but not during the estimate. "computed" is the peak by training/memory.py.
+    already; so are the gradients, but not during the estimate.
     """
-    size, checkpointed = settings.micro_batch_size, settings.checkpoint_activations
+    size = settings.micro_batch_size
     settings = dataclasses.replace(settings, batch_size=size, device="cuda")
-    usages, computed = {}, {}
+    usages = {}
     with fake_cuda.Gpu() as gpu:
         machine, data = set_up(settings), random_tokens(settings)
         model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
-        parallel, optimizer = DataParallel(model, machine), make_optimizer(model, settings, machine)
-        train.accumulate_gradients(1, parallel, batches)
+        optimizer = make_optimizer(model, settings, machine)
+        train.accumulate_gradients(1, model, batches)
         optimizer.step()
-        computed["training"] = gpu.live_bytes + peak_bytes(TRAINING, model.config, size, checkpointed)
         with gpu.measuring() as usages["training"]:
-            train.accumulate_gradients(2, parallel, batches)
-        computed["update"] = gpu.live_bytes
+            train.accumulate_gradients(2, model, batches)
         with gpu.measuring() as usages["update"]:
             optimizer.step()
         optimizer.zero_grad()
@@ -87,62 +73,10 @@ def passes(settings: Settings) -> dict[str, dict[str, Any]]:
             group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
             sequences = max(size // group, 1) * group
             settings = dataclasses.replace(settings, batch_size=sequences, hessian_batch_size=sequences)
-            batches = Batches(data, settings, machine)
-            curvature = Curvature(model, settings, machine, batches)
-            computed["curvature"] = gpu.live_bytes + peak_of_estimate(model, curvature)
+            curvature = Curvature(model, settings, machine, Batches(data, settings, machine))
             with gpu.measuring() as usages["curvature"]:
                 optimizer.update_hessian(curvature.estimate(1, parameters(optimizer)))
-    return {name: {"computed": computed[name]} | vars(usage) for name, usage in usages.items()}
-
-
-def peak_of_estimate(model: GPT, curvature: Curvature) -> int:
-    """By training/memory.py, besides weights and state."""
-    settings, weights = curvature.settings, 4 * sum(param.numel() for param in model.parameters())
-    size, checkpointed = settings.micro_batch_size, settings.checkpoint_activations
-    if settings.optimizer == "sophiag":
-        return weights + peak_bytes(TRAINING, model.config, size, checkpointed)
-    part = hutchinson_sequences(model.config, size, checkpointed, weights)
-    part = max(size for size in divisors(settings.hessian_batch_size) if size <= part)
-    return 2 * weights + peak_bytes(HUTCHINSON, model.config, part, checkpointed)
-
-
-def memory(settings: list[str]) -> dict[str, Any]:
-    found = {}
-    for checkpointed in (False, True):
-        for layers in (1, 2, 6, 12):
-            chosen = [f"--n_layer={layers}", f"--checkpoint_activations={checkpointed}"]
-            torch.compiler.reset()
-            for name, usage in passes(read(["--optimizer=sophiah", *settings, *chosen])).items():
-                peak, computed = usage["peak_bytes"], usage["computed"]
-                case = f"{name}, {layers} layers" + ", checkpointed" * checkpointed
-                found[case] = {"peak": peak, "computed": computed, "error": round(computed / peak - 1, 4)}
-    return found | {"largest error": max(abs(row["error"]) for row in found.values()), "fits": what_fits()}
-
-
-def what_fits() -> dict[str, dict[str, dict[str, list[int]]]]:
-    """The largest micro_batch_size, without and with checkpoint_activations, that leaves a tenth of a GPU free."""
-    table: dict[str, Any] = {}
-    for size in SIZES:
-        shape = read([size] if size.endswith(".py") else size.split())
-        config = GPTConfig(1024, 50304, shape.n_layer, shape.n_head, shape.n_embd)
-        with torch.device("meta"):
-            weights = 4 * sum(param.numel() for param in GPT(config).parameters())
-        for optimizer in ("adamw", "lion", "sophiah"):
-            for gigabytes in (24, 40, 80, 141):
-                most = [largest(config, weights, optimizer, 0.9e9 * gigabytes, again) for again in (False, True)]
-                table.setdefault(size, {}).setdefault(optimizer, {})[f"{gigabytes} GB"] = most
-    return table
-
-
-def largest(config: GPTConfig, weights: int, optimizer: str, most: float, checkpointed: bool) -> int:
-    def fits(size: int) -> bool:
-        peak = (3 if optimizer == "lion" else 4) * weights + peak_bytes(TRAINING, config, size, checkpointed)
-        if optimizer == "sophiah":
-            part = hutchinson_sequences(config, size, checkpointed, weights)
-            peak = max(peak, 5 * weights + peak_bytes(HUTCHINSON, config, part, checkpointed))
-        return peak <= most
-
-    return bisect.bisect_left(range(1, 4096), True, key=lambda size: not fits(size))
+    return {name: vars(usage) for name, usage in usages.items()}
 
 
 def run(folder: str, *names: str) -> dict[str, Any]:
@@ -185,10 +119,10 @@ def call(script: types.ModuleType, command: list[str]) -> None:
 def watched_update(gpu: fake_cuda.Gpu, result: dict[str, Any]) -> Callable:
     """train.update, which tells the device of its step and notes what it finds."""
 
-    def update(step: int, model: DataParallel, optimizer: torch.optim.Optimizer, *rest: Any) -> StepResult:
+    def update(step: int, model: torch.nn.Module, optimizer: Optimizer, *rest: Any) -> StepResult:
         gpu.step = step
         result["live_bytes"][step] = gpu.live_bytes  # before it
-        if step == STEPS:
+        if step == STEPS and isinstance(optimizer, torch.optim.Optimizer):  # Muon's is two
             measuring = gpu.measuring()
             optimizer.register_step_pre_hook(lambda *_: result["updates"].append(vars(measuring.__enter__())))
             optimizer.register_step_post_hook(lambda *_: measuring.__exit__(None, None, None))
@@ -301,7 +235,6 @@ def check_memory(gpu: fake_cuda.Gpu) -> dict[str, Any]:
 
 SCENARIOS = {
     "passes": lambda *settings: passes(read(list(settings))),
-    "memory": lambda *settings: memory(list(settings)),
     "run": run,
     "checks": checks,
 }

@@ -34,7 +34,7 @@ def missing():
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 SET_UP = """
-from tests import fake_cuda
+from tests.cuda import fake_cuda
 import sys
 from run.machine import set_up
 from run.settings import read
@@ -46,9 +46,9 @@ print(machine.device, machine.dtype, machine.compile, machine.peak_flops())
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """The ends of processes in which torch is imported after tests/fake_cuda.py, two at a time."""
+    """The ends of processes in which torch is imported after tests/cuda/fake_cuda.py, two at a time."""
     folder = str(tmp_path_factory.mktemp("cuda"))
-    scenarios = ["-m", "tests.cuda_scenarios"]
+    scenarios = ["-m", "tests.cuda.scenarios"]
     commands = {
         "run of sophiah": [*scenarios, "run", folder, "sophiah"],
         "runs of others": [*scenarios, "run", folder, *(name for name in OPTIMIZERS if name != "sophiah")],
@@ -137,8 +137,8 @@ def test_a_run_comes_to_its_end_and_is_resumed(found):
 
 def test_the_host_waits_only_to_log_to_evaluate_and_to_write(name, found):
     def expected(logged, evaluated):
-        waits = {(step, "Meter.row") for step in logged}
-        waits |= {(step, where) for step in evaluated for where in ("evaluate",)}
+        waits = {(step, "Meter.finish_row") for step in logged}
+        waits |= {(step, where) for step in evaluated for where in ("evaluate", "on_the_host")}
         return waits | {(step, "_Sophia.unclipped_fraction") for step in logged if name.startswith("sophia")}
 
     def waits(of, after):
@@ -159,6 +159,7 @@ def test_every_function_is_compiled_once_and_whole_before_the_second_step(name, 
     blocks = {"Blocks.forward": 2, "Blocks.forward backward": 1, "ChunkLoss.forward": 2}  # with and without gradients
     others = {
         "adamw": {},
+        "muon": {},
         "lion": {"_lion_update": 1},
         # each part once, forward and backward, for two layers
         "sophiah": {
@@ -184,6 +185,8 @@ def test_every_function_is_compiled_once_and_whole_before_the_second_step(name, 
 
 
 def test_an_update_of_the_optimizer_is_a_handful_of_kernels(name, found):
+    if name == "muon":
+        pytest.skip("PyTorch's Muon is not compiled")
     (update,) = found["updates"]
     assert 1 <= update["kernels"] + sum(update["eager"].values()) <= 4
     assert update["peak_bytes"] == update["resident_bytes"]  # in place
@@ -194,12 +197,6 @@ def test_an_update_of_the_optimizer_is_a_handful_of_kernels(name, found):
 
 def test_memory_does_not_grow_from_step_to_step(found):
     assert len({found["live_bytes"][step] for step in ("4", "7", "10")}) == 1  # after a row each
-
-
-@pytest.mark.parametrize("passes", ["sophiah", "sophiag", "checkpointed"])
-def test_passes_take_the_memory_that_is_computed_for_them(passes, checked):
-    for usage in checked["passes"][passes].values():
-        assert usage["computed"] == pytest.approx(usage["peak_bytes"], rel=0.05 if passes == "checkpointed" else 0.01)
 
 
 @pytest.mark.parametrize("passes", ["sophiah", "sophiag"])

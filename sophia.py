@@ -26,7 +26,6 @@ from torch.optim.optimizer import ParamsT
 __all__ = [
     "SophiaG",
     "SophiaH",
-    "from_released",
     "gauss_newton_bartlett",
     "hutchinson",
     "labels_from_uniforms",
@@ -199,33 +198,6 @@ def _check(state: dict, groups: list[dict], estimate: list[Tensor] | None = None
                 raise ValueError(f"{what} {number} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
             if value.dtype != param.dtype and what != "estimate":
                 raise ValueError(f"{what} {number} is {value.dtype}, its parameter {param.dtype}: cast it")
-
-
-def from_released(state_dict: dict, batch_tokens: float) -> dict:
-    """A state_dict of the `SophiaG` that the paper's authors released, as one for `SophiaG.load_state_dict`.
-
-    batch_tokens: the `bs` of its `step`, the B that its Hessian diagonal lacks: 480 * 1024 in the released scripts. lr,
-    betas, rho, weight_decay and what schedulers add stay as they are; eps is its 1e-15. The optimizer that loads it
-    must have its parameters in the same groups and order. Raises ValueError for any other dictionary.
-    """
-    if not 0 < batch_tokens < math.inf:
-        raise ValueError(f"batch_tokens must be above 0, not {batch_tokens}")
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"an optimizer's state_dict has state and param_groups, not {list(state_dict)[:5]}")
-    groups, states = [], {}
-    for number, group in enumerate(state_dict["param_groups"]):
-        if missing := {"params", "lr", "betas", "rho", "weight_decay"} - group.keys():
-            raise ValueError(f"group {number} is not the released SophiaG's: it lacks {', '.join(sorted(missing))}")
-        if group.get("maximize"):
-            raise ValueError(f"group {number} has maximize=True: SophiaG here only minimizes")
-        groups.append({name: group[name] for name in group if name not in ("maximize", "capturable")} | {"eps": 1e-15})
-    for number, state in state_dict["state"].items():
-        if state.keys() != {"step", "exp_avg", "hessian"}:
-            raise ValueError(
-                f"the released SophiaG keeps step, exp_avg and hessian; parameter {number} has {list(state)}"
-            )
-        states[number] = {"exp_avg": state["exp_avg"], "hessian": state["hessian"] * batch_tokens}
-    return {"state": states, "param_groups": groups}
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenFile:
-    """The tokens of a file, read when a slice asks for them. RankError where it was written to since it was opened."""
+    """The tokens of a file, read when a slice asks for them. RankError where it was cut since it was opened."""
 
     # Not a memory map: that would end the process without a word when the file is cut.
 
@@ -90,27 +90,25 @@ class TokenFile:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - held for as long as the tokens are
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        self._opened = os.fstat(self._file.fileno())
-        self._skipped, size, header = 0, self._opened.st_size, self._file.read(12)
-        if size % 2:
+        self._skipped, self._size, header = 0, os.fstat(self._file.fileno()).st_size, self._file.read(12)
+        if self._size % 2:
             raise UserError(f"{path} has an odd number of bytes, but its tokens have two each: prepare it again")
         if int.from_bytes(header[:4], "little") == SHARD_MAGIC:
             self._skipped, count = SHARD_HEADER_BYTES, int.from_bytes(header[8:], "little")
-            if size != SHARD_HEADER_BYTES + 2 * count:
-                raise UserError(f"{path} has {size} bytes, but its header tells of {count} tokens: fetch it again")
+            if self._size != SHARD_HEADER_BYTES + 2 * count:
+                raise UserError(f"{path} has {self._size} bytes, its header tells of {count} tokens: fetch it again")
 
     def __len__(self) -> int:
-        return (self._opened.st_size - self._skipped) // 2
+        return (self._size - self._skipped) // 2
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
         try:
             read = os.pread(self._file.fileno(), 2 * (stop - start), self._skipped + 2 * start)
-            now = os.fstat(self._file.fileno())
         except OSError as error:
             raise RankError(f"{self.path} cannot be read: {error.strerror}") from None
-        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise RankError(f"{self.path} was changed while it was being read: stopped; prepare the data set again")
+        if len(read) != 2 * (stop - start):
+            raise RankError(f"{self.path} was cut while it was being read: stopped; prepare the data set again")
         return np.frombuffer(read, "<u2")
 
 

@@ -1,18 +1,17 @@
 """The settings of a run: one typed dataclass, filled from config files and the command line, where later wins."""
 
-import argparse
 import ast
 import dataclasses
 import difflib
-import functools
 import math
 import os
+import sys
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from run.errors import Parser, UserError
+from run.errors import UserError
 from run.files import read_small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +29,9 @@ OPTIMIZER_DEFAULTS = {
 AVERAGED_HESSIAN_BATCH_SIZE = 32  # of sophiag with hessian_estimator=averaged, which needs fewer sequences
 
 
-def setting(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **bounds: float) -> Any:
+    """A field. Its bounds are `least`, and `most` (inclusive) or `below` (exclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help} | bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,62 +44,67 @@ class Settings:
         "scratch", "'scratch', 'resume', 'auto' (resume if it can), or weights: a hub name, a folder or a ckpt.pt"
     )
     dataset: str = setting("openwebtext", "name of a folder in data/, or a path with a slash in it")
-    eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint")
-    eval_sequences: int = setting(0, "validation blocks to evaluate, evenly spread; 0 takes all of the split")
+    eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint", least=1)
+    eval_sequences: int = setting(0, "validation blocks to evaluate, evenly spread; 0 takes all of the split", least=0)
     eval_only: bool = setting(False, "evaluate once and stop; writes nothing")
-    log_interval: int = setting(10, "steps between rows of metrics.jsonl")
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep; the best one is kept besides")
+    log_interval: int = setting(10, "steps between rows of metrics.jsonl", least=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep; the best one is kept besides", least=1)
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("gpt2-sophia", "wandb project")
     wandb_run_name: str | None = setting(None, "wandb run name; None: the name of out_dir")
     # model
-    n_layer: int = setting(12, "transformer blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "channels, a multiple of n_head")
-    block_size: int = setting(1024, "context length in tokens")
-    dropout: float = setting(0.0, "dropout probability; 0 is right for pretraining")
+    n_layer: int = setting(12, "transformer blocks", least=1, most=1000)
+    n_head: int = setting(12, "attention heads", least=1)
+    n_embd: int = setting(768, "channels, a multiple of n_head", least=1, most=2**16)
+    block_size: int = setting(1024, "context length in tokens", least=1)
+    dropout: float = setting(0.0, "dropout probability; 0 is right for pretraining", least=0, below=1)
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores by the layer's number, from 1")
     exact_gelu: bool = setting(False, "GELU without GPT-2's approximation by tanh, as in nanoGPT")
     # batch
-    batch_size: int = setting(480, "sequences per optimizer step, over all ranks")
-    micro_batch_size: int = setting(12, "sequences per forward pass on one device")
+    batch_size: int = setting(480, "sequences per optimizer step, over all ranks", least=1, most=2**16)
+    micro_batch_size: int = setting(12, "sequences per forward pass on one device", least=1, most=2**16)
     checkpoint_activations: bool = setting(False, "compute each block's activations twice and keep fewer in memory")
     # optimizer
     optimizer: Literal["adamw", "lion", "sophiah", "sophiag", "muon"] = setting("adamw", "the optimizer")
-    learning_rate: float = setting(6e-4, "peak learning rate")
-    weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer")
-    beta1: float | None = setting(None, "decay of the momentum; None: by optimizer")
-    beta2: float | None = setting(None, "decay of the second moment, momentum (lion) or Hessian; None: by optimizer")
-    grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off")
-    rho: float | None = setting(None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer")
-    hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one")
+    learning_rate: float = setting(6e-4, "peak learning rate", least=0)
+    weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer", least=0)
+    beta1: float | None = setting(None, "decay of the momentum; None: by optimizer", least=0, below=1)
+    beta2: float | None = setting(
+        None, "decay of the second moment, momentum (lion) or Hessian; None: by optimizer", least=0, below=1
+    )
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+    rho: float | None = setting(
+        None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer", least=0
+    )
+    hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one", least=1)
     hessian_batch_size: int | None = setting(None, "Sophia: sequences per estimate; None: 32 (H, averaged), 240 (G)")
     hessian_micro_batch_size: int | None = setting(
         None,
         "sophiah: sequences per pass on one device, which keeps twice as much as training; None: half a micro-batch",
+        least=1,
     )
     hessian_estimator: Literal["paper", "averaged"] = setting(
         "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
     )
-    hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group, in one forward pass")
+    hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group, in one forward pass", least=1)
     hessian_bias_correction: bool = setting(
         False, "Sophia: divide h by 1 - beta2^estimates, as Adam does; not the paper's"
     )
     # learning-rate schedule
-    max_iters: int = setting(100_000, "optimizer steps of the whole run")
+    max_iters: int = setting(100_000, "optimizer steps of the whole run", least=1)
     decay_lr: bool = setting(True, "cosine decay to min_lr; otherwise constant after the warm-up")
-    warmup_iters: int = setting(2000, "steps of linear warm-up")
-    lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; None: max_iters")
-    min_lr: float | None = setting(None, "final learning rate; None: 0.05 * learning_rate, as in the paper")
+    warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)
+    lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; None: max_iters", least=1)
+    min_lr: float | None = setting(None, "final learning rate; None: 0.05 * learning_rate, as in the paper", least=0)
     # machine
     backend: Literal["auto", "nccl", "gloo"] = setting("auto", "torch.distributed's; auto: nccl on CUDA, else gloo")
-    timeout: int = setting(600, "seconds that a rank waits for the others before it ends the run")
+    timeout: int = setting(600, "seconds that a rank waits for the others before it ends the run", least=1, most=10**6)
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     float32_matmul_precision: Literal["highest", "high", "medium"] = setting("high", "float32 on CUDA; high is TF32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
-    seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature")
+    seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature", least=0)
 
     @property
     def uses_curvature(self) -> bool:
@@ -109,34 +114,34 @@ class Settings:
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # What a setting may be: `float | None` gives (float, NoneType), Literal["auto", "gloo"] gives ("auto", "gloo").
 ALLOWED = {name: typing.get_args(field.type) or (field.type,) for name, field in FIELDS.items()}
-CONVERTERS = {int: int, float: float, bool: {"True": True, "False": False}.__getitem__}  # of a text
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+USAGE = """usage: python train.py [CONFIG.py …] [--name=value …]
+
+Later wins. A config file holds lines of the form name = LITERAL, or include = 'other.py'.
+"""
 
 
 def read(arguments: Sequence[str]) -> Settings:
     """Settings from `[CONFIG.py …] [--name=value …]`, later wins, checked and complete (no None that has a default)."""
-    parser, values, remaining = make_parser(), {}, list(arguments)
+    values, remaining, where = {}, list(arguments), "the command line"
     while remaining:
         argument = remaining.pop(0)
+        if argument in ("-h", "--help"):
+            print(USAGE, *(f"  --{name:32} {meaning(name)}" for name in FIELDS), sep="\n")
+            sys.exit(0)
         if not argument.startswith("-"):
             values |= read_config(Path(argument))
             continue
-        if argument not in ("-h", "--help"):
-            check_name(argument.removeprefix("--").partition("=")[0], "the command line")
-        value = [] if "=" in argument else remaining[:1]
-        remaining = remaining[len(value) :]
-        values |= vars(parser.parse_args([argument, *value]))
+        name, equals, text = argument.removeprefix("--").partition("=")
+        check_name(name, where)
+        if not equals and not remaining:
+            raise UserError(f"{name} in {where} has no value: --{name}=VALUE")
+        values[name] = check_value(name, from_text(name, text if equals else remaining.pop(0)), where)
     return complete(Settings(**values))
 
 
-def make_parser() -> Parser:
-    parser = Parser("Later wins. A config file holds lines of the form name = LITERAL, or include = 'other.py'.")
-    parser.usage = "python train.py [CONFIG.py …] [--name=value …]"
-    for name, field in FIELDS.items():
-        meaning = f"{field.metadata['help']} ({type_name(name)}; default: {field.default})"
-        convert = functools.partial(from_text, name)
-        parser.add_argument(f"--{name}", type=convert, default=argparse.SUPPRESS, metavar="VALUE", help=meaning)
-    return parser
+def meaning(name: str) -> str:
+    return f"{FIELDS[name].metadata['help']} ({type_name(name)}; default: {FIELDS[name].default})"
 
 
 def type_name(name: str) -> str:
@@ -144,12 +149,13 @@ def type_name(name: str) -> str:
 
 
 def from_text(name: str, text: str) -> Any:
-    """The value of a setting on the command line."""
+    """A value on the command line: a literal as in a config file, where the setting is no text."""
+    if text != "None" and (str in ALLOWED[name] or isinstance(ALLOWED[name][0], str)):
+        return text
     try:
-        value = None if text == "None" else CONVERTERS.get(ALLOWED[name][0], str)(text)
-    except (ValueError, KeyError):
-        value = text  # is not of the setting's type, as check_value will say
-    return check_value(name, value, "the command line")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # is not of the setting's type, as check_value will say
 
 
 def check_name(name: str, where: str) -> None:
@@ -230,22 +236,14 @@ def check_ranges(settings: Settings) -> None:
         if not holds:
             raise UserError(f"{name} = {getattr(settings, name)!r}: must be {expected}")
 
-    for name in "eval_interval log_interval keep_checkpoints n_head block_size".split():
-        require(name, getattr(settings, name) >= 1, "at least 1")
-    for name in "hessian_interval hessian_group_size hessian_micro_batch_size max_iters lr_decay_iters".split():
-        require(name, getattr(settings, name) >= 1, "at least 1")
-    for name, largest in {
-        "n_layer": 1000,
-        "n_embd": 2**16,
-        "batch_size": 2**16,
-        "micro_batch_size": 2**16,
-        "timeout": 10**6,
-    }.items():
-        require(name, 1 <= getattr(settings, name) <= largest, f"from 1 to {largest}")
-    for name in "eval_sequences learning_rate weight_decay grad_clip warmup_iters min_lr rho seed".split():
-        require(name, (getattr(settings, name) or 0) >= 0, "at least 0")
-    for name in ("dropout", "beta1", "beta2"):
-        require(name, 0 <= getattr(settings, name) < 1, "in [0, 1)")
+    for name, field in FIELDS.items():
+        match field.metadata, getattr(settings, name):
+            case {"least": least, "most": most}, value:
+                require(name, least <= value <= most, f"from {least} to {most}")
+            case {"least": least, "below": below}, value:
+                require(name, least <= value < below, f"in [{least}, {below})")
+            case {"least": least}, int() | float() as value:  # None where the optimizer has no such setting
+                require(name, value >= least, f"at least {least}")
 
     require("out_dir", settings.out_dir != "" and "\0" not in settings.out_dir, "a folder")
     n_head, peak, batch_size = settings.n_head, settings.learning_rate, settings.batch_size

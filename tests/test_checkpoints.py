@@ -10,13 +10,13 @@ import threading
 
 import filelock
 import pytest
-from records import checkpoint_writer, checkpoints
 from safetensors.torch import load_file, save_file
 
 import train as script
 from run import errors
 from run.settings import ROOT, read
 from tests.conftest import TINY, arguments, last_checkpoint, same_weights
+from training import checkpoint_writer, checkpoints
 from training.metrics import Metrics, read_rows
 from training.start import RunFolder
 

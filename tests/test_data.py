@@ -40,7 +40,7 @@ def test_shards_are_read_as_one_stream(tmp_path, header):
 def test_a_shard_whose_header_counts_other_tokens_is_refused(tmp_path):
     write_shards(tmp_path, header=True)
     os.truncate(tmp_path / "some_train_000001.bin", 21_000)
-    with pytest.raises(UserError, match=r"some_train_000001.bin has 21000 bytes, but its header tells of 9989 tokens"):
+    with pytest.raises(UserError, match=r"some_train_000001.bin has 21000 bytes, its header tells of 9989 tokens"):
         open_data(f"{tmp_path}", 16)
 
 
@@ -91,24 +91,22 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
         ahead.take(3, 4)
 
 
-@pytest.mark.parametrize("change", ["cut", "overwritten", "replaced"])
+@pytest.mark.parametrize("change", ["cut", "replaced"])
 def test_a_data_file_that_changes_during_a_run_is_noticed(tmp_path, change):
-    """Writing to the open file ends the run; another file in its place is found out by the fingerprint on resume."""
+    """Cutting the open file ends the run; another file in its place is found out by the fingerprint on resume."""
     write_dataset(tmp_path, TOKENS, TOKENS[:999])
     path, data = tmp_path / "train.bin", open_data(f"{tmp_path}", 16)
     rows, fingerprint = data.train_rows(0, 1, 8, 0, 8), data.fingerprint()
     backwards = np.fromfile(path, "<u2")[::-1].tobytes()
     if change == "cut":
         os.truncate(path, 1000)
-    elif change == "overwritten":
-        path.write_bytes(backwards)
     else:
         (tmp_path / "other").write_bytes(backwards)
         (tmp_path / "other").rename(path)
     if change == "replaced":
         assert torch.equal(data.train_rows(0, 1, 8, 0, 8), rows)
     else:
-        with pytest.raises(RankError, match=r"train.bin was changed while it was being read"):
+        with pytest.raises(RankError, match=r"train.bin was cut while it was being read"):
             data.train_rows(0, 1, 8, 0, 8)
     assert open_data(f"{tmp_path}", 16).fingerprint() != fingerprint
 

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 
 from lion import Lion
 from run.settings import Settings, complete
-from sophia import SophiaG, SophiaH, from_released
+from sophia import SophiaG, SophiaH
 from training.optimizers import betas, parameters
 
 SHAPES = [(7, 5), (11,), (3, 2, 4)]
@@ -234,69 +234,6 @@ def test_state_round_trips_and_copies_go_on_alike(optimizer_class):
         assert all(value.shape == param.shape for value in optimizer.state[param].values())
     backward(params)
     copy.deepcopy(optimizer).step()
-
-
-def released_state_dict(params, groups, random):
-    """What the released SophiaG's state_dict looks like after some steps; its last parameter never had a gradient."""
-    state = {}
-    for number, param in enumerate(params[:-1]):
-        momentum, squares = random.normal(size=param.shape), random.normal(size=param.shape) ** 2
-        state[number] = {
-            "step": torch.tensor(7.0),
-            "exp_avg": torch.tensor(momentum, dtype=torch.float32),
-            "hessian": torch.tensor(squares * 1e-2, dtype=torch.float32),
-        }
-    state[0]["hessian"][0] = 0  # no curvature
-    common = {"betas": (0.965, 0.99), "maximize": False, "capturable": False}
-    return {"state": state, "param_groups": [common | group for group in groups]}
-
-
-def test_the_released_optimizers_state_goes_on_with_the_released_update():
-    random, batch_tokens = np.random.default_rng(0), 8 * 1024
-    params = [torch.nn.Parameter(torch.tensor(random.normal(size=shape), dtype=torch.float32)) for shape in SHAPES]
-    groups = [
-        {"params": [0], "lr": 2e-3, "rho": 0.04, "weight_decay": 0.2, "initial_lr": 3e-3},
-        {"params": [1, 2], "lr": 1e-3, "rho": 0.5, "weight_decay": 0.0, "initial_lr": 2e-3},
-    ]
-    released = released_state_dict(params, groups, random)
-    optimizer = SophiaG([{"params": params[:1]}, {"params": params[1:]}], lr=1.0, betas=(0.5, 0.5), rho=9.0)
-    optimizer.load_state_dict(from_released(released, batch_tokens))
-    gradients = [random.normal(size=shape).astype(np.float32) for shape in SHAPES]
-    expected, clipped = [], []
-    for number, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
-        group, state = groups[number > 0], released["state"].get(number, {"exp_avg": 0.0, "hessian": 0.0})
-        theta = param.detach().double().numpy() * (1 - group["lr"] * group["weight_decay"])
-        m = 0.965 * np.asarray(state["exp_avg"], dtype=np.float64) + (1 - 0.965) * gradient
-        ratio = np.abs(m) / (group["rho"] * batch_tokens * np.asarray(state["hessian"], dtype=np.float64) + 1e-15)
-        expected.append(theta - group["lr"] * np.sign(m) * np.minimum(ratio, 1))
-        clipped.append(np.mean(ratio >= 1))
-    give_gradients(params, gradients)
-    optimizer.step()
-    for param, theta in zip(params, expected, strict=True):
-        np.testing.assert_allclose(param.detach().numpy(), theta, rtol=1e-6, atol=1e-7)
-    assert 0 < clipped[0] < 1  # both branches of the clip were taken
-    for group, theirs in zip(optimizer.param_groups, released["param_groups"], strict=True):
-        kept = ("lr", "betas", "rho", "weight_decay", "initial_lr")
-        assert {name: group[name] for name in kept} == {name: theirs[name] for name in kept}
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda it: {"model": {}, "optimizer": it}, r"state and param_groups, not \['model', 'optimizer'\]"),
-        (lambda it: it | {"param_groups": [{"params": [0], "lr": 1, "betas": (0, 0)}]}, "lacks rho, weight_decay"),
-        (lambda it: it | {"param_groups": [it["param_groups"][0] | {"maximize": True}]}, "maximize=True"),
-        (lambda it: it | {"state": {0: {"step": 1, "exp_avg": 1, "exp_avg_sq": 1}}}, "parameter 0 has .*exp_avg_sq"),
-        (lambda it: it | {"state": from_released(it, 2)["state"]}, r"parameter 0 has \['exp_avg', 'hessian'\]"),
-    ],
-)
-def test_what_is_not_the_released_optimizers_state_is_refused(change, complaint):
-    params, groups = [torch.ones(2), torch.ones(3)], [{"params": [0, 1], "lr": 1.0, "rho": 1.0, "weight_decay": 0.0}]
-    released = released_state_dict(params, groups, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=complaint):
-        from_released(change(released), 1024)
-    with pytest.raises(ValueError, match="batch_tokens must be above 0, not 0"):
-        from_released(released, 0)
 
 
 @pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])

@@ -24,7 +24,7 @@ from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
 from tools import evaluate, export
-from tools.hugging_face import tokenizer_files
+from tools.hugging_face import tokenizer_files, write_weights
 from training import pretrained
 from training.pretrained import load_model
 
@@ -48,7 +48,7 @@ def hugging_face(folder, kind="AutoModelForCausalLM"):
 
 def write(model, folder, vocab_size=257):
     folder.mkdir()
-    pretrained.write_hugging_face(model, folder, vocab_size, end_of_text=0)
+    write_weights(model, folder, vocab_size, end_of_text=0)
     return folder
 
 

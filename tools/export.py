@@ -17,9 +17,8 @@ from plot import picture, read_curves
 from run import errors
 from run.files import write_json
 from run.settings import Settings
-from tools.hugging_face import tokenizer_files
+from tools.hugging_face import tokenizer_files, write_weights
 from training import checkpoints, metrics
-from training.pretrained import write_hugging_face
 
 CARD = """\
 ---
@@ -76,7 +75,7 @@ def write_model(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """The model and its tokenizer as files of Hugging Face."""
     for name, content in tokenizer_files(tokenizer, model.config.block_size).items():
         write_json(folder / name, content)
-    write_hugging_face(model, folder, tokenizer.vocab_size, tokenizer.end_of_text)
+    write_weights(model, folder, tokenizer.vocab_size, tokenizer.end_of_text)
 
 
 def model_card(checkpoint: checkpoints.Checkpoint, rows: dict[int, dict[str, Any]], parameters: int) -> str:

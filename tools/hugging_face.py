@@ -1,9 +1,17 @@
-"""The vocabularies as Hugging Face's tokenizer files, made without a network."""
+"""A model and its vocabulary as Hugging Face's files, made without a network."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from data.tokenizers import Tokenizer
+from model import GPT
 from run.errors import UserError
+from run.files import write_json
+from training.pretrained import STANDARD, other_way_round
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in GPT-2's files
 LETTERS = {byte: chr(byte) for byte in PRINTABLE}
@@ -50,3 +58,28 @@ def parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         i = pairs.index(min(pairs))
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
+
+
+def write_weights(model: GPT, folder: Path, vocab_size: int, end_of_text: int) -> None:
+    """Write config.json, generation_config.json and model.safetensors. Tokens from `vocab_size` on are left out, which
+    are padding; biases that the model lacks are zeros.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
+    weights["wte.weight"] = weights["wte.weight"][:vocab_size]
+    for name, tensor in list(weights.items()):
+        if name not in ("wte.weight", "wpe.weight") and name.endswith(".weight"):
+            weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(len(tensor)))
+    weights = {f"transformer.{name}": other_way_round(name, tensor).contiguous() for name, tensor in weights.items()}
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    shape = dataclasses.asdict(model.config)
+    config = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")}
+    config |= {
+        "activation_function": "gelu" if model.config.exact_gelu else "gelu_new",
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32",
+        "vocab_size": len(weights["transformer.wte.weight"]),
+        "n_positions": shape["block_size"], "n_ctx": shape["block_size"],  # an old name, which llama.cpp reads
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config | STANDARD | ends)
+    write_json(folder / "generation_config.json", ends)

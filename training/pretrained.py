@@ -1,5 +1,5 @@
-"""GPT-2 weights of other programs: Hugging Face's folders, read and written; the ckpt.pt files of nanoGPT and of the
-code released with Sophia, read. Nothing in a file is executed.
+"""GPT-2 weights of other programs: Hugging Face's folders, and the ckpt.pt files of nanoGPT and of the released
+Sophia. Nothing in a file is executed.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
 from model import GPT, GPTConfig
 from run.errors import UserError
-from run.files import read_json, write_json
+from run.files import read_json
 from training import checkpoints
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
@@ -168,28 +168,3 @@ def make_model(shape: dict[str, Any], weights: dict[str, Tensor], block_size: in
         raise ValueError(f"its tensor {wrong[0]} is missing, or one too many, or of another shape")
     model.to_empty(device="cpu").load_state_dict(weights)
     return model
-
-
-def write_hugging_face(model: GPT, folder: Path, vocab_size: int, end_of_text: int) -> None:
-    """Write config.json, generation_config.json and model.safetensors. Tokens from `vocab_size` on are left out, which
-    are padding; biases that the model lacks are zeros.
-    """
-    weights = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
-    weights["wte.weight"] = weights["wte.weight"][:vocab_size]
-    for name, tensor in list(weights.items()):
-        if name not in ("wte.weight", "wpe.weight") and name.endswith(".weight"):
-            weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(len(tensor)))
-    weights = {f"transformer.{name}": other_way_round(name, tensor).contiguous() for name, tensor in weights.items()}
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    shape = dataclasses.asdict(model.config)
-    config = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")}
-    config |= {
-        "activation_function": "gelu" if model.config.exact_gelu else "gelu_new",
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32",
-        "vocab_size": len(weights["transformer.wte.weight"]),
-        "n_positions": shape["block_size"], "n_ctx": shape["block_size"],  # an old name, which llama.cpp reads
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-    }  # fmt: skip
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config | STANDARD | ends)
-    write_json(folder / "generation_config.json", ends)

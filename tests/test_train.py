@@ -74,8 +74,7 @@ def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
     options = {"optimizer": "sophiag", "max_iters": 10, "n_layer": 1}
     plain = losses(train(tmp_path / "plain", **options))
     fast = losses(train(tmp_path / "fast", **options, dtype="bfloat16", compile=True))
-    assert np.abs(np.subtract(plain, fast)).max() < 0.02
-    assert plain != fast
+    assert 0 < np.abs(np.subtract(plain, fast)).max() < 1e-3 < 0.03 < plain[0] - plain[-1]
 
 
 def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):

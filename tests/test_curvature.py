@@ -94,13 +94,6 @@ def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, che
     assert distance(c.estimate(STEP, params), expected) < 1e-10
 
 
-def test_an_estimate_takes_equal_parts(curvature):
-    c = curvature(optimizer="sophiag")
-    for ranks, most, expected in ((1, 3, [2, 2, 2, 2]), (1, 8, [8]), (3, 2, [1, 1, 1]), (16, 2, [1])):
-        batches = dataclasses.replace(c.batches, machine=dataclasses.replace(c.machine, ranks=Ranks(ranks - 1, ranks)))
-        assert [len(x) for (x, _), _ in batches.curvature(STEP, most)] == expected
-
-
 BFLOAT16 = Machine(torch.device("cpu"), torch.bfloat16, compile=False)
 
 

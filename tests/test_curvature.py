@@ -1,7 +1,7 @@
 """The curvature step of the loop: sophia.py's estimates over micro-batches, groups and formats."""
 
 import copy
-import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -92,13 +92,6 @@ def test_hutchinsons_estimate_equals_double_backward(curvature, monkeypatch, che
     assert distance(c.estimate(STEP, params), expected) < 1e-10
 
 
-def test_an_estimate_takes_equal_parts(curvature):
-    c = curvature(optimizer="sophiag")
-    for ranks, most, expected in ((1, 3, [2, 2, 2, 2]), (1, 8, [8]), (3, 2, [1, 1, 1]), (16, 2, [1])):
-        batches = dataclasses.replace(c.batches, machine=dataclasses.replace(c.machine, ranks=Ranks(ranks - 1, ranks)))
-        assert [len(x) for (x, _), _ in batches.curvature(STEP, most)] == expected
-
-
 BFLOAT16 = Machine(torch.device("cpu"), torch.bfloat16, compile=False)
 
 
@@ -135,11 +128,13 @@ class Alone(Ranks):
 
 def test_every_rank_has_dropout_masks_of_its_own(curvature, tmp_path):
     write_dataset(tmp_path, [5] * 99, [5] * 99)  # of one token, so that nothing but the masks can differ
+    draws = itertools.count()
 
     def pass_of(rank, step):
         machine = Machine(torch.device("cpu"), torch.float32, False, Alone(rank, 2))
         c = curvature(torch.float32, machine, dataset=tmp_path, optimizer="sophiag", dropout=0.3)
         loss = accumulate_gradients(step, c.model, c.batches)
+        torch.rand(next(draws))  # by somebody else, which must not matter
         return loss.item(), flat(c.estimate(step, list(c.model.parameters()))).sum().item()
 
     passes = [pass_of(*place) for place in ((0, 1), (1, 1), (0, 2), (0, 1))]

@@ -86,6 +86,7 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
 
     ahead = Ahead(load, torch.device("cpu"))
     assert ahead.take(1, 2) == 1
+    assert ahead.take(7, 2) == 7  # of another step than was expected
     assert ahead.take(2, 3) == 2
     with pytest.raises(RankError, match="bad token"):
         ahead.take(3, 4)

@@ -12,7 +12,7 @@ import torch
 from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from run.errors import UserError
-from tools import evaluate
+from tools from tools import evaluate
 from tools.hugging_face import tokenizer_files
 
 BYTES = TOKENIZERS["bytes"]
@@ -91,16 +91,6 @@ def plain_score(model, context, answer):
     logits = copy.deepcopy(model).double()(torch.tensor([tokens[:-1]]))[0, -len(answer) :]
     answer = torch.tensor(list(answer))
     return logits.log_softmax(-1).gather(1, answer[:, None]).sum().item(), bool((logits.argmax(-1) == answer).all())
-
-
-@needs_harness
-def test_loglikelihood_is_that_of_a_plain_computation_in_float64(gpt):
-    pairs = [("The cat sat", " down"), ("The cat sat", " dozing"), ("A", "b"), ("A", "c"), ("One two three", " four")]
-    pairs.append(("The", " end"))
-    found = seen_by_harness(gpt).loglikelihood(instances(*pairs), disable_tqdm=True)
-    expected = [plain_score(gpt, context.encode(), answer.encode()) for context, answer in pairs]
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 @needs_harness

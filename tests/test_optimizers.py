@@ -360,15 +360,16 @@ def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():
     assert not optimizer.state
 
 
-def test_with_bias_correction_the_hessian_is_that_of_the_paper_over_one_minus_beta2_to_the_number_of_estimates():
-    settings = complete(Settings(optimizer="sophiag", beta2=0.9, hessian_interval=3, hessian_bias_correction=True))
+@pytest.mark.parametrize("interval", [1, 3])
+def test_with_bias_correction_the_hessian_is_the_papers_over_one_minus_beta2_to_the_number_of_estimates(interval):
+    settings = Settings(optimizer="sophiag", beta2=0.9, hessian_interval=interval, hessian_bias_correction=True)
     plain, corrected = (
         SophiaG([torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))], betas=(0.5, 0.9)) for _ in "12"
     )
     random = torch.Generator().manual_seed(0)
-    for number, step in enumerate(range(1, 90, 3), start=1):
+    for number, step in enumerate(range(1, 90, interval), start=1):
         estimate = torch.rand(5, dtype=torch.float64, generator=random)
-        corrected.param_groups[0]["betas"] = betas(settings, step)
+        corrected.param_groups[0]["betas"] = betas(complete(settings), step)
         for optimizer in (plain, corrected):
             optimizer.update_hessian([estimate])
         (h,), (ours,) = ([state["hessian"] for state in each.state.values()] for each in (plain, corrected))

@@ -170,14 +170,10 @@ def test_what_the_rows_lack_is_named_beside_what_they_have(refused, call, write_
     assert "--x: invalid choice: 'epochs'" in refused(lambda: call(plot, blind, "--x=epochs"))
 
 
-def test_settings_that_cannot_be_read_are_refused(refused, call, write_run):
+def test_files_that_cannot_be_read_or_written_are_refused(refused, call, write_run, tmp_path):
     run = write_run("run", [5, 4])
+    for name in ("nowhere/x.png", "x.docx"):
+        assert "cannot write" in refused(lambda name=name: call(plot, run, "-o", tmp_path / name))
     for text in ("{", "[1]"):
         (run / "settings.json").write_text(text)
         assert "settings.json cannot be read" in refused(lambda: call(plot, run))
-
-
-def test_a_picture_that_cannot_be_written_is_refused(refused, call, write_run, tmp_path):
-    run = write_run("run", [5, 4])
-    assert "cannot write" in refused(lambda: call(plot, run, "-o", tmp_path / "nowhere" / "x.png"))
-    assert "cannot write" in refused(lambda: call(plot, run, "-o", tmp_path / "x.docx"))

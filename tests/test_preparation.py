@@ -243,7 +243,7 @@ def test_an_interrupted_preparation_goes_on(openwebtext, tmp_path, streaming, ki
         return sources.open_documents("", None, [path], streaming, "text", 0.3)
 
     write_data_set(tmp_path / "whole", source(), Bytes(), 2)
-    disturbed = Failing(source(), 20, 65, 0)  # a table is among the documents of val then
+    disturbed = Failing(source(), 21, 66, 0)  # a table is among the documents of val then
     for _ in range(3):
         with pytest.raises(Killed):
             write_data_set(tmp_path / "out", disturbed, Bytes(), 2)

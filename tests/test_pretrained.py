@@ -338,6 +338,8 @@ def test_the_exported_gpt2_tokenizer_encodes_pythons_reference_as_tiktoken_does(
 
 def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     rows = train(tmp_path / "run", max_iters=3, optimizer="sophiag")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "val/loss": 9.0}\n')  # after the checkpoint
     folder = tmp_path / "deep" / "exported"
     assert call(export, "--out_dir", tmp_path / "run", "--to", folder).strip() == str(folder)
     assert {path.name for path in folder.iterdir()} == {

@@ -14,12 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train as script
+from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run import errors
-from run.settings import ROOT
+from run.machine import Machine
+from run.ranks import Ranks
+from run.settings import read
 from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
 from training import metrics
+from training.checkpoints import Progress
+from training.meter import Meter, StepResult
 
 
 def initial_model(seed=1337):
@@ -52,8 +56,9 @@ def test_evaluation_and_logging_do_not_change_the_run(train, tmp_path):
 
 
 def test_the_seed_decides_the_run(train, tmp_path):
-    a, b, c = (losses(train(tmp_path / x, seed=seed, max_iters=3)) for x, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert a == b != c
+    a, b, c = (train(tmp_path / x, seed=seed, max_iters=3) for x, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert losses(a) == losses(b) != losses(c)
+    assert a[0]["val/loss"] == b[0]["val/loss"] != c[0]["val/loss"]  # of the initial weights
 
 
 def test_dropout_masks_do_not_depend_on_curvature(train, tmp_path):
@@ -74,8 +79,7 @@ def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
     options = {"optimizer": "sophiag", "max_iters": 10, "n_layer": 1}
     plain = losses(train(tmp_path / "plain", **options))
     fast = losses(train(tmp_path / "fast", **options, dtype="bfloat16", compile=True))
-    assert np.abs(np.subtract(plain, fast)).max() < 0.02
-    assert plain != fast
+    assert 0 < np.abs(np.subtract(plain, fast)).max() < 1e-3 < 0.03 < plain[0] - plain[-1]
 
 
 def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):
@@ -96,13 +100,13 @@ def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):
 
 def test_metrics_mean_what_they_say(train, tmp_path, monkeypatch):
     """Losses, norms and rates: test_replay.py."""
-    gradients, started = script.accumulate_gradients, time.perf_counter()
+    correct, started = TokenData.train_rows, time.perf_counter()
 
-    def slow(*step):
+    def slow(*sequences):
         time.sleep(0.02)
-        return gradients(*step)
+        return correct(*sequences)
 
-    monkeypatch.setattr(script, "accumulate_gradients", slow)
+    monkeypatch.setattr(TokenData, "train_rows", slow)
     rows = train(tmp_path, optimizer="sophiag", grad_clip=0.0, max_iters=10, log_interval=4)
     assert rows[-1]["seconds"] < time.perf_counter() - started
     assert [(row["step"], row["tokens"]) for row in rows] == [(step, step * 8 * 16) for step in (0, 4, 8, 10)]
@@ -111,11 +115,24 @@ def test_metrics_mean_what_they_say(train, tmp_path, monkeypatch):
         seconds = row["seconds"] - before["seconds"]
         assert seconds > 0.02 * (row["step"] - before["step"])
         assert row["tokens_per_second"] == pytest.approx((row["tokens"] - before["tokens"]) / seconds)
-        assert 0 < row["data_wait"] < 1
         assert row["clip_rate"] == 0  # of no clipping
         assert "mfu" not in row  # a CPU has no data-sheet peak here
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert (settings["hessian_batch_size"], settings["beta1"]) == (4, 0.96)
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_ranks_and_data_wait_that_of_a_rows_time(monkeypatch):
+    monkeypatch.setattr(Ranks, "all_reduce", lambda *_: None)  # as the other rank is not there
+    monkeypatch.setattr(Machine, "peak_flops", lambda _: 1e12)
+    machine = Machine(torch.device("cpu"), torch.float32, False, Ranks(0, 2))
+    batches = types.SimpleNamespace(seconds_waited=5.0)
+    meter = Meter(read([]), machine, batches, Progress(), flops_per_token=1e6)
+    meter.restart()
+    batches.seconds_waited += 0.25
+    meter.add(StepResult(*torch.ones(3)))
+    row = meter.row(1)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e6 / 2e12)
+    assert row["data_wait"] == pytest.approx(0.25 / row["seconds"])
 
 
 def test_floating_point_operations_count_the_estimates(train, tmp_path):
@@ -293,8 +310,6 @@ def test_assumes_gpt2s_vocabulary_without_a_meta_file(train, tmp_path, capsys):
 
 def test_a_missing_data_set_names_the_command_that_makes_it(refuses):
     refuses("python data/openwebtext/prepare.py", dataset="there-is-no-such-data-set")
-    if not (ROOT / "data" / "openwebtext" / "train.bin").exists():
-        refuses("make it with: python data/openwebtext/prepare.py", dataset="openwebtext")
 
 
 def test_refuses_to_overwrite_a_run_or_to_go_on_with_what_is_not_its_own(train, refuses, tmp_path):

@@ -1,4 +1,4 @@
-"""evaluate.py: the model that the lm-evaluation-harness sees, and SuperGLUE on small files of made-up examples."""
+"""tools.evaluate: a run as the lm-evaluation-harness sees it, and SuperGLUE on small files of made-up examples."""
 
 import copy
 import importlib.util
@@ -11,14 +11,13 @@ import torch
 
 from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
-from run.errors import UserError
-from tools from tools import evaluate
-from tools.hugging_face import tokenizer_files
+from tools import evaluate
+from tools.export import write_model
 
 BYTES = TOKENIZERS["bytes"]
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
-    reason="the lm-evaluation-harness is not installed: pip install -r requirements-eval.txt",
+    reason="the lm-evaluation-harness is not installed: pip install -r tools/requirements.txt",
 )
 
 WORDS = {
@@ -73,12 +72,6 @@ def gpt():
     return model
 
 
-def seen_by_harness(model, batch_size=4):
-    from evaluation.harness import HarnessModel
-
-    return HarnessModel(model, BYTES, batch_size)
-
-
 def instances(*pairs):
     from lm_eval.api.instance import Instance
 
@@ -94,46 +87,15 @@ def plain_score(model, context, answer):
 
 
 @needs_harness
-def test_the_size_of_the_batch_changes_nothing(gpt):
-    requests = instances(*[("word " * (i % 5) + "so", f" {i}" * (i % 3 + 1)) for i in range(11)])
-    scores = [seen_by_harness(gpt, size).loglikelihood(requests, disable_tqdm=True) for size in (1, 4, 64)]
-    for other in scores[1:]:
-        assert [score for score, _ in other] == pytest.approx([score for score, _ in scores[0]], rel=1e-5)
-
-
-@needs_harness
-def test_of_a_long_context_the_beginning_is_left_out_with_a_warning(gpt, capsys):
-    long = "It goes on and on, and then it goes on again until"
-    cut = (long + " noon")[-33:].removesuffix(" noon")
-    found = seen_by_harness(gpt).loglikelihood(instances((long, " noon"), (cut, " noon")), disable_tqdm=True)
-    assert found[0] == found[1]
-    assert found[0][0] == pytest.approx(plain_score(gpt, long.encode(), b" noon")[0], rel=1e-5)
-    assert "1 of 2 texts are longer than block_size 32" in capsys.readouterr().err
-
-
-@needs_harness
-def test_an_answer_that_the_model_cannot_hold_is_refused(gpt):
-    with pytest.raises(UserError, match="an answer of 33 tokens is longer than the model's block_size 32"):
-        seen_by_harness(gpt).loglikelihood(instances(("So", "n" * 33)), disable_tqdm=True)
-
-
-@needs_harness
-def test_an_answer_without_context_follows_an_end_of_text(gpt):
-    found = seen_by_harness(gpt).loglikelihood(instances(("", "Once")), disable_tqdm=True)
-    assert found[0][0] == pytest.approx(plain_score(gpt, [BYTES.end_of_text], b"Once")[0], rel=1e-5)
-
-
-@needs_harness
-@pytest.mark.parametrize("length", [5, 32, 33, 75])
-def test_rolling_loglikelihood_scores_every_token_once(gpt, length):
-    tokens = [BYTES.end_of_text, *("All of it, and more. " * 4).encode()[:length]]
-    text = bytes(tokens[1:]).decode()
-    expected = 0.0  # pieces of block_size tokens; the last one starts earlier, to be as long
-    for start in range(0, length, 32):
-        end = min(start + 32, length)
-        expected += plain_score(gpt, tokens[max(0, end - 32) : start + 1], tokens[start + 1 : end + 1])[0]
-    found = seen_by_harness(gpt).loglikelihood_rolling(instances((text,)), disable_tqdm=True)
-    assert found == pytest.approx([expected], rel=1e-5)
+def test_the_harness_scores_an_answer_as_the_model_does(gpt, tmp_path):
+    write_model(gpt, BYTES, tmp_path)
+    long = "It goes on and on, and then it goes on again until"  # more than the model's 32 tokens
+    pairs = [("The sun is", " up."), ("Two words", " or more"), (long, " noon"), ("", "Once")]
+    found = evaluate.for_harness(tmp_path, "cpu", batch_size=4).loglikelihood(instances(*pairs), disable_tqdm=True)
+    contexts = [context.encode() or [BYTES.end_of_text] for context, _ in pairs]
+    expected = [plain_score(gpt, context, pair[1].encode()) for context, pair in zip(contexts, pairs, strict=True)]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 class Rigged:
@@ -153,22 +115,21 @@ class Rigged:
 
 @needs_harness
 def test_a_model_that_knows_the_answers_is_right_and_one_that_takes_the_first_is_as_right_as_chance(tasks):
-    found = evaluate.scores(Rigged(lambda r: float(r.idx == LABELS[task_of(r)](number_of(r)))), "", tasks, None)
-    for entry in found["tasks"].values():
+    found = evaluate.scores(Rigged(lambda r: float(r.idx == LABELS[task_of(r)](number_of(r)))), tasks, None)
+    for entry in found.values():
         assert (entry["acc"], entry["acc_stderr"]) == (1, 0)
 
-    found = evaluate.scores(Rigged(lambda r: -r.idx), "first", tasks, None)
-    assert found["weights"] == "first"
+    found = evaluate.scores(Rigged(lambda r: -r.idx), tasks, None)
     errors = []
     for name, label in LABELS.items():
         right = [float(label(i) == 0) for i in ASKED]
-        entry = found["tasks"][f"superglue_{name}"]
+        entry = found[f"superglue_{name}"]
         assert (entry["examples"], entry["acc"]) == (len(ASKED), pytest.approx(fmean(right)))
         assert entry["acc_of_prompts"] == [pytest.approx(fmean(right))] * 5
         assert entry["acc_stderr"] == pytest.approx(stdev(right) / math.sqrt(len(right)))
         errors.append(entry["acc_stderr"])
-    mean = found["tasks"]["superglue"]
-    assert mean["acc"] == pytest.approx(fmean(found["tasks"][f"superglue_{name}"]["acc"] for name in LABELS))
+    mean = found["superglue"]
+    assert mean["acc"] == pytest.approx(fmean(found[f"superglue_{name}"]["acc"] for name in LABELS))
     assert mean["acc_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 4)
 
 
@@ -191,18 +152,18 @@ def test_the_error_of_a_mean_over_prompts_counts_each_example_once(tasks):
     one = {"superglue_rte": tasks["superglue_rte"]}
     prompts = [task.task_name for task in one["superglue_rte"]]
     # the answer is the first for three of the prompts and the second for the others
-    found = evaluate.scores(Rigged(lambda r: r.idx * (-1 if r.task_name in prompts[:3] else 1)), "", one, None)
-    entry = found["tasks"]["superglue_rte"]
+    found = evaluate.scores(Rigged(lambda r: r.idx * (-1 if r.task_name in prompts[:3] else 1)), one, None)
+    entry = found["superglue_rte"]
     means = [3 / 5 if LABELS["rte"](i) == 0 else 2 / 5 for i in ASKED]
     assert entry["acc"] == pytest.approx(fmean(means))
     assert entry["acc_stderr"] == pytest.approx(stdev(means) / math.sqrt(len(means)))
-    assert "superglue" not in found["tasks"]
+    assert "superglue" not in found
 
 
 @needs_harness
 def test_every_prompt_asks_in_its_own_words_and_shows_two_solved_examples(tasks):
     seen = []
-    evaluate.scores(Rigged(lambda request: seen.append(request) or 0.0), "", tasks, 2)
+    evaluate.scores(Rigged(lambda request: seen.append(request) or 0.0), tasks, 2)
     pools = {name: [EXAMPLES[name](i) for i in SHOWN] for name in LABELS}
     for request in seen:
         context, answer = request.args
@@ -210,32 +171,6 @@ def test_every_prompt_asks_in_its_own_words_and_shows_two_solved_examples(tasks)
         assert sum(subject(example).rstrip(".") in context for example in pools[task_of(request)]) == 2
     firsts = {request.task_name: request.args[0].split("\n\n")[-1] for request in seen}
     assert len(set(firsts.values())) == len(firsts) == 20
-
-
-@needs_harness
-def test_scores_agree_with_the_harness_own_model_of_transformers(tasks, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from lm_eval.models.huggingface import HFLM
-
-    torch.manual_seed(1)
-    config = transformers.GPT2Config(
-        vocab_size=256, n_positions=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    for file, content in tokenizer_files(BYTES, 128).items():
-        (tmp_path / file).write_text(json.dumps(content))
-    theirs = HFLM(str(tmp_path), device="cpu", dtype="float32", batch_size=4)
-    ours = seen_by_harness(GPT.from_pretrained(str(tmp_path)))
-    results, answers = [], []
-    for model in (theirs, ours):
-        results.append(evaluate.scores(model, "", tasks, None))
-        answers.append([r.resps[0] for prompts in tasks.values() for task in prompts for r in task.instances])
-    assert results[0] == results[1]
-    assert len(answers[0]) == 5 * len(ASKED) * (2 + 3 + 2 + 2)
-    assert [score for score, _ in answers[1]] == pytest.approx([score for score, _ in answers[0]], abs=1e-3)
-    assert [greedy for _, greedy in answers[1]] == [greedy for _, greedy in answers[0]]
-    text = instances(("Every good story has an end, they say. " * 8,), ("Short.",))
-    assert ours.loglikelihood_rolling(text) == pytest.approx(theirs.loglikelihood_rolling(text), abs=1e-3)
 
 
 @needs_harness
@@ -260,7 +195,7 @@ def test_several_checkpoints_stand_side_by_side_in_the_table_and_in_the_file(tra
 
 def test_without_the_harness_it_says_what_to_install(refused, call, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install -r requirements-eval.txt" in refused(lambda: call(evaluate, "nowhere"))
+    assert "pip install -r tools/requirements.txt" in refused(lambda: call(evaluate, "nowhere"))
 
 
 @needs_harness

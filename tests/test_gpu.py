@@ -1,5 +1,5 @@
 """What needs a GPU: CUDA's losses beside the CPU's, compiled beside eager, two cards beside one, resuming bit for bit;
-and tests of the rest of the suite, imported here to run on CUDA.
+and a test of the rest of the suite, imported here to run on CUDA.
 
 `make gpu-check` runs it. With TEST_DEVICE=cpu the same lines run on a CPU.
 """
@@ -15,9 +15,6 @@ from run.machine import has_compiler
 from sophia import normal_like
 from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import difference, settings_of, torchrun
-from tests.test_checkpoints import (  # noqa: F401
-    test_a_checkpoint_holds_the_weights_and_the_state_of_its_step_however_slow_the_copies,
-)
 from tests.test_train import test_bfloat16_and_compile_agree_with_plain_float32  # noqa: F401
 from training import curvature
 

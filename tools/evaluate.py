@@ -44,7 +44,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
-        raise errors.UserError("lm_eval is not installed: pip install .[eval]")
+        raise errors.UserError("lm_eval is not installed: pip install -r tools/requirements.txt")
     if options.output and not options.output.absolute().parent.is_dir():
         raise errors.UserError(f"-o: the folder {options.output.parent} does not exist")
 
@@ -56,7 +56,7 @@ def main() -> None:
         tasks = load_tasks(options.tasks.split(","), options.data, options.shots)
         results = {}
         for name, folder in folders.items():
-            found = scores(folder, tasks, device, options.batch_size, options.limit)
+            found = scores(for_harness(folder, device, options.batch_size), tasks, options.limit)
             results[name] = {"weights": weights[name], "tasks": found}
     print(table(results))
     if options.output:
@@ -74,6 +74,13 @@ def export(model: str, folder: Path) -> str:
     folder.mkdir()
     write_model(network, tokenizer, folder)
     return weights
+
+
+def for_harness(folder: Path, device: str, batch_size: int) -> Any:
+    """The harness's own model of a Hugging Face folder."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device=device, dtype="float32", batch_size=batch_size)
 
 
 def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
@@ -121,13 +128,11 @@ def local_prompts(name: str, data: Path) -> list[dict[str, Any]]:
     return [shared | prompt | source | {"task": f"{name}::{prompt['task']}"} for prompt in group["task"]]
 
 
-def scores(folder: Path, tasks: Tasks, device: str, batch_size: int, limit: int | None) -> dict[str, Any]:
+def scores(model: Any, tasks: Tasks, limit: int | None) -> dict[str, Any]:
     """The metrics of each task and their standard errors; of a task with several prompts the mean over them."""
     from lm_eval.api.metrics import mean
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=str(folder), device=device, dtype="float32", batch_size=batch_size)
     leaves = {task.task_name: task for prompts in tasks.values() for task in prompts}
     for task in leaves.values():
         task.set_fewshot_seed(SEED)  # every model and every prompt shows the same examples

@@ -25,29 +25,27 @@ LESS = {
     "train.py": arguments(**TINY | {"max_iters": 4, "warmup_iters": 1, "eval_interval": 2}),
     "sample.py": ["--max_new_tokens=5"],
     "plot.py": ["--max-loss=99"],  # as tiny runs learn little
-    "benchmarks": [*SMALL, *arguments(rounds=1, micro_batch_size=4, batch_size=4, hessian_batch_size=4)],
+    "tools.benchmark": [*SMALL, *arguments(rounds=1, micro_batch_size=4, batch_size=4, hessian_batch_size=4)],
     "studies": ["--plan"],  # what is left out is the runs
 }
 # What a block goes on from, and does not make itself: paths in the folder that `made` fills
 PRESUPPOSED = {
     "data.md:2": "mine",
     "data.md:3": "data/mine",
-    "evaluation.md:2": "out/gpt2_small_sophiag superglue",
-    "interchange.md:1": "out/gpt2_small_sophiag",
-    "interchange.md:2": "my_gpt2 nanoGPT",
-    "performance.md:1": "DIR_OF_NANOGPT",
-    "performance.md:2": "DIR_OF_NANOGPT",
-    "pictures.md:1": "out",
-    "reproduce.md:4": "out/gpt2_small_adamw",
-    "reproduce.md:5": "data/stdlib",
     "results.md:1": "data/stdlib",
-    "results.md:2": "books.jsonl.bz2",
+    "results.md:3": "data/stdlib",
+    "results.md:4": "DIR_OF_NANOGPT",
+    "weights.md:1": "out/gpt2_small_sophiag",
+    "weights.md:2": "my_gpt2 nanoGPT",
+    "weights.md:3": "out/gpt2_small_sophiag",
+    "weights.md:4": "out/gpt2_small_sophiag superglue",
+    "weights.md:5": "out",
 }
 TRAINING = """
 for run in adamw_1 adamw_2 sophiag_1 sophiag_2; do
   python train.py config/gpt2_small_${run%_*}.py --seed=${run#*_} --out_dir=../made/out/$run
 done
-python export.py --out_dir=../made/out/adamw_1 --to=../made/my_gpt2
+python -m tools.export --out_dir=../made/out/adamw_1 --to=../made/my_gpt2
 """
 PEER = f"""{PEER_THAT_GENERATES}
     def forward(self, idx, targets):
@@ -122,7 +120,7 @@ def made(bash, repository):
 def test_the_commands_of_a_block_run(name, bash, repository, made, tmp_path, request):
     if "--data-files" in BLOCKS[name]:
         request.getfixturevalue("vocabulary")
-    if "evaluate.py" in BLOCKS[name]:
+    if "tools.evaluate" in BLOCKS[name]:
         pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
     folder = shutil.copytree(repository, tmp_path / "repository")
     for path in PRESUPPOSED.get(name, "").split():

@@ -98,7 +98,7 @@ def machine_at_fault(error: BaseException) -> str | None:
     if any(word in str(error) for word in ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")):
         return f"the device failed ({str(error):.200}): CUDA_LAUNCH_BLOCKING=1 shows at which operation"
     if any(word in str(error) for word in ("gloo", "pair closure", "by peer", "Timed out waiting", "NCCL")):
-        return f"an exchange with the other ranks failed ({str(error):.200}): torchrun's report names the first to fail"
+        return f"an exchange with the other ranks failed ({str(error):.200}): one hangs, died or was cut off"
     modules = [kind.__module__ for kind in type(error).__mro__]
     if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
         return f"torch.compile failed ({str(error):.200}): --compile=False goes on without it"

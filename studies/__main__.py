@@ -2,9 +2,9 @@
 
     python -m studies losses horizon --jobs=2      on two CPU cores, one run a core
     python -m studies losses --scale=gpu --plan    what it would run, and how long it would take
-    python -m studies report                       results/REPORT.md anew, from the runs that have ended
+    python -m studies report                       studies/results/REPORT.md, from the runs that have ended
 
-A study that was stopped goes on where it was. Runs that ended are lines of results/runs.jsonl and are not run again:
+A study that was stopped goes on where it was. Runs that ended are lines of studies/results/runs.jsonl, not run again:
 give --results=FOLDER to begin anew. Every study begins with the searches of `losses`.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="as for train.py (default: the scale's)")
     parser.add_argument("--jobs", type=errors.between(1), default=1, help="runs side by side (default %(default)s)")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "studies", help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the results (default results, or results/SCALE)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default studies/results[/SCALE])")
     parser.add_argument("--plan", action="store_true", help="only say what would be run")
     options = parser.parse_args()
 
@@ -38,7 +38,7 @@ def main() -> None:
         raise errors.UserError(f"--scale={options.scale} has no searches: it is for the study of losses alone")
     if options.dataset:
         scale.base["dataset"] = options.dataset
-    results = options.results or ROOT / "results" / ("" if options.scale == "laptop" else options.scale)
+    results = options.results or ROOT / "studies" / "results" / ("" if options.scale == "laptop" else options.scale)
     ledger = runs.Ledger(results / "runs.jsonl")
     names = [name for name in STUDIES if name in options.studies]
     calls = [STUDIES[name].groups for name in names] + [losses.searches] * ("searches" in options.studies)

@@ -1,4 +1,4 @@
-"""results/REPORT.md: the text in studies/report.md with the figures filled in, made of the runs that have ended.
+"""results/REPORT.md: the text in report.md with the figures filled in, made of the runs that have ended.
 
 A section with `<!-- STUDY … -->` is filled in when all runs of these studies have ended; until then it says how many
 have. In it {table} is the first study's table and {claims} that of its claims. {loss[STUDY][LABEL]} is a mean loss,

@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face's GPT-2, nanoGPT's and Sophia's ckpt.pt, export.py and what reads its folders."""
+"""Weights in and out: Hugging Face's GPT-2, nanoGPT's and Sophia's ckpt.pt, tools.export and what reads it."""
 
 import json
 import os
@@ -350,10 +350,10 @@ def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     assert f"| val/loss at step 3 | {rows[-1]['val/loss']:.4f} |" in card
     assert "--optimizer=sophiag" in card
     parameters = 256 * 16 + 16 * 16 + 2 * (12 * 16**2 + 2 * 16) + 16
-    assert f"A GPT-2 with {parameters:,} parameters, pretrained on {3 * 8 * 16} tokens of" in card
+    assert f"A GPT-2 with {parameters:,} parameters, trained from `scratch` on {3 * 8 * 16} tokens of" in card
 
     model, tokenizer = hugging_face(folder), hugging_face(folder, "AutoTokenizer")
-    ours, byte, name = load_model(str(tmp_path / "run"), None, torch.device("cpu"))
+    ours, byte, name = load_model(str(tmp_path / "run"), None)
     assert (byte.name, name) == ("bytes", str(tmp_path / "run" / "checkpoints" / "step_00000003"))
     tokens = torch.tensor([tokenizer.encode("12 squared")])
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_an_exported_folder_tells_its_tokenizer(name, vocabulary, tmp_path):
     folder = write(GPT(replace(TINY, vocab_size=size)), tmp_path / "model", size)
     for file, content in tokenizer_files(TOKENIZERS[name], 16).items():
         write_json(folder / file, content)
-    assert load_model(None, str(folder), torch.device("cpu"))[1] is TOKENIZERS[name]
+    assert load_model(None, str(folder))[1] is TOKENIZERS[name]
 
 
 def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, call, refused, tmp_path, monkeypatch):
@@ -405,13 +405,13 @@ def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, 
     assert text != call(sample, "--out_dir", tmp_path / "run", *start)
     monkeypatch.chdir(folder)
     for source in (".", shutil.copytree(folder, tmp_path / "best")):
-        model, _, name = load_model(str(source), None, cpu)
+        model, _, name = load_model(str(source), None)
         assert Path(name) == Path(source).resolve()
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     shutil.copytree(folder, tmp_path / "step_00000002")
     assert "state.json is damaged" in refused(lambda: call(sample, "--out_dir", tmp_path / "step_00000002"))
     pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
-    assert evaluate.load(str(folder), cpu, 4)[1] == str(folder)
+    assert evaluate.export(str(folder), tmp_path / "exported") == str(folder)
 
 
 def test_checkpoints_without_their_run_are_exported_without_curves(train, call, tmp_path):

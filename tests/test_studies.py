@@ -221,7 +221,7 @@ def finished(tmp_path_factory):
     for study in STUDIES.values():
         study.groups(run, SCALES["laptop"])
     for scale in ("short", "quickstart"):
-        shutil.copytree(ROOT / "results" / scale, folder / scale)
+        shutil.copytree(ROOT / "studies" / "results" / scale, folder / scale)
     return folder
 
 
@@ -297,7 +297,10 @@ def test_the_report_says_how_far_a_study_is_until_all_its_runs_have_ended(finish
 def test_the_published_report_is_that_of_the_published_runs():
     """Its numbers agree to their last digit, give or take one, as rounding may differ between processors."""
     number = re.compile(r"\d+\.\d+")
-    published, anew = (ROOT / "results" / "REPORT.md").read_text(), report.text(STUDIES, ROOT / "results")
+    published, anew = (
+        (ROOT / "studies" / "results" / "REPORT.md").read_text(),
+        report.text(STUDIES, ROOT / "studies" / "results"),
+    )
     assert number.sub("#", published) == number.sub("#", anew)
     for left, right in zip(number.findall(published), number.findall(anew), strict=True):
         assert abs(float(left) - float(right)) < 1.01 * 10.0 ** -len(left.partition(".")[2])
@@ -305,7 +308,7 @@ def test_the_published_report_is_that_of_the_published_runs():
 
 def test_published_runs_with_one_seed_share_their_weights_and_batches():
     shared = {}
-    for result in Ledger(ROOT / "results" / "runs.jsonl").results.values():
+    for result in Ledger(ROOT / "studies" / "results" / "runs.jsonl").results.values():
         s = result.settings
         key = s["seed"], s["n_embd"], s["batch_size"], s["max_iters"]
         assert shared.setdefault(key, result.fingerprints) == result.fingerprints

@@ -120,7 +120,7 @@ def read_hugging_face(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             weights |= load_file(folder / name)
     except FileNotFoundError:
         how = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        raise ValueError(f"{name} is missing: of a .bin file {how} makes it, of a run export.py") from None
+        raise ValueError(f"{name} is missing: of a .bin file {how} makes it, of a run tools.export") from None
     except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{name} is damaged: {error}") from None
     if config.get("model_type") != "gpt2":

@@ -71,12 +71,8 @@ def main() -> None:
         """The tokens (texts, 1) that follow a prompt, until all texts have ended."""
         idx = torch.tensor([prompt] * texts, device=device)
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        ended = torch.tensor(False)
-        for token in model.stream(idx, *limits, generator):
-            ended = ended | (token == tokenizer.end_of_text) & (not options.ignore_eos)
-            yield token.masked_fill(ended, tokenizer.vocab_size)  # an id without a text
-            if ended.all():
-                return
+        tokens = model.stream(idx, *limits, generator)
+        return tokens if options.ignore_eos else until_the_end(tokens, tokenizer)
 
     if options.interactive:
         interact(lambda text: write(text, continued(encode(text)), tokenizer))
@@ -94,6 +90,16 @@ def main() -> None:
             if number:
                 print(RULE)
             write(start, continued(encode(start)), tokenizer)
+
+
+def until_the_end(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[Tensor]:
+    """The tokens (texts, 1) of each text up to its end, then an id without a text."""
+    ended = torch.tensor(False)
+    for token in tokens:
+        ended = ended | (token == tokenizer.end_of_text)
+        yield token.masked_fill(ended, tokenizer.vocab_size)
+        if ended.all():
+            return
 
 
 def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 from tqdm import tqdm
@@ -112,6 +111,8 @@ def set_matmul_precision(settings: Settings, device: torch.device) -> None:
 
 def separate_compile_cache() -> None:
     """Give every kind of processor a folder of its own in torch.compile's cache, to be called before it compiles."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import, and not always needed
+
     # PyTorch's keys leave the instruction set out (2.13): code for AVX-512 would be taken where there is AVX2, and
     # computes half of its numbers there
     kind = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
@@ -123,7 +124,8 @@ def separate_compile_cache() -> None:
 
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
-    separate_compile_cache()
+    if settings.compile:
+        separate_compile_cache()
     device = find_device(settings.device)
     if settings.backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl: it joins CUDA devices, not {device.type}; use --backend=auto")

@@ -391,7 +391,7 @@ def test_an_exported_folder_tells_its_tokenizer(name, vocabulary, tmp_path):
 
 def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, call, refused, tmp_path, monkeypatch):
     rows = train(tmp_path / "run", max_iters=3, eval_interval=1, keep_checkpoints=9, learning_rate=0.1, bias=True)
-    folder, cpu = tmp_path / "run/checkpoints/step_00000001", torch.device("cpu")
+    folder = tmp_path / "run/checkpoints/step_00000001"
     weights = load_file(folder / "model.safetensors")
     call(export, "--out_dir", folder, "--to", tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
@@ -411,7 +411,7 @@ def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, 
     shutil.copytree(folder, tmp_path / "step_00000002")
     assert "state.json is damaged" in refused(lambda: call(sample, "--out_dir", tmp_path / "step_00000002"))
     pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
-    assert evaluate.export(str(folder), tmp_path / "exported") == str(folder)
+    assert evaluate.export(str(folder), tmp_path / "for the harness") == str(folder)
 
 
 def test_checkpoints_without_their_run_are_exported_without_curves(train, call, tmp_path):

@@ -46,8 +46,13 @@ test: .venv/test .venv/triton
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-gpu-check: .venv/test
-	$(BIN)/python -m tools.gpu_check
+# without pip, as a GPU machine may have no network
+gpu-check: HERE := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check: NEEDED := torch numpy tiktoken tqdm safetensors filelock matplotlib pytest
+gpu-check:
+	@$(HERE) -c 'import sys; from importlib.util import find_spec as find; m = [n for n in sys.argv[1:] if not find(n)]; \
+	  sys.exit(f"missing: {chr(32).join(m)}; make .venv/test installs them into .venv" if m else 0)' $(NEEDED)
+	$(HERE) -m tools.gpu_check
 
 format: .venv/test
 	$(BIN)/ruff format .

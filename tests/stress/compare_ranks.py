@@ -24,10 +24,10 @@ BOUNDS = dict.fromkeys(OPTIMIZERS, 1e-5) | {"muon": 1e-4}  # Muon iterates in bf
 def torchrun(ranks: int, *runs: dict, fault: str = "none") -> subprocess.CompletedProcess:
     """tests/stress/ranks_worker.py on so many ranks, which trains once for each of the settings."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=2",
-         f"--nproc_per_node={ranks}",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
          "-m", "tests.stress.ranks_worker", fault, *(json.dumps(run, default=str) for run in runs)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=500, capture_output=True,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
+        text=True, timeout=500, capture_output=True,
     )  # fmt: skip
 
 

@@ -8,11 +8,9 @@ when, in a backward pass of this checkout, the buckets leave.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +18,8 @@ import torch
 
 from run import ranks
 from run.settings import ROOT
-from tests.conftest import arguments, text_dataset
-from tests.stress.two_hosts import CABLE, PORT, Host, two_hosts
+from tests.conftest import arguments, rows_of, text_dataset
+from tests.stress.two_hosts import CABLE, Host, two_hosts
 
 # Nearly all weights are in the blocks: the gradient of a tied embedding is complete last and cannot hide.
 SETTINGS = {
@@ -43,19 +41,15 @@ def set_rate(hosts: list[Host], rate: str) -> None:
 
 def train_on_both(hosts: list[Host], script: list[str], out_dir: Path, settings: list[str]) -> list[float]:
     """Seconds of each step after the warm-up. `script` is what torchrun starts."""
-    processes, logs = [], []
-    for host in hosts:
-        meeting = [f"--master_addr={hosts[0].address}", f"--master_port={PORT}", f"--node_rank={host.number}"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meeting]
-        logs.append(out_dir.with_suffix(f".{host.number}.log"))
-        processes.append(host.start([*command, *script, *settings, f"--out_dir={out_dir}"], logs[-1]))
+    logs = [out_dir.with_suffix(f".{host.number}.log") for host in hosts]
+    command = [*script, *settings, f"--out_dir={out_dir}"]
+    processes = [host.torchrun(command, log) for host, log in zip(hosts, logs, strict=True)]
     codes = [process.wait(timeout=600) for process in processes]
     output = "\n".join(log.read_text() for log in logs)
     assert codes == [0, 0], output
     print(*(line for line in output.splitlines() if line.startswith("profile: ")), sep="\n", end="", flush=True)
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     tokens = SETTINGS["batch_size"] * SETTINGS["block_size"]
-    return [tokens / row["tokens_per_second"] for row in rows if row["step"] > WARM_UP]
+    return [tokens / row["tokens_per_second"] for row in rows_of(out_dir) if row["step"] > WARM_UP]
 
 
 def profiled_main() -> None:

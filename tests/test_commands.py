@@ -14,7 +14,7 @@ from model import GPTConfig
 from run.settings import ROOT
 from tests.command_shell import shell
 from tests.conftest import TINY, arguments, write_dataset
-from tests.test_benchmarks import PEER_THAT_GENERATES, SMALL
+from tests.test_benchmarks import PEER, SMALL
 from tests.test_evaluate import write_superglue
 from tests.test_preparation import write_documents
 from tests.test_pretrained import nanogpt_checkpoint, random_model
@@ -46,13 +46,6 @@ for run in adamw_1 adamw_2 sophiag_1 sophiag_2; do
   python train.py config/gpt2_small_${run%_*}.py --seed=${run#*_} --out_dir=../made/out/$run
 done
 python -m tools.export --out_dir=../made/out/adamw_1 --to=../made/my_gpt2
-"""
-PEER = f"""{PEER_THAT_GENERATES}
-    def forward(self, idx, targets):
-        return None, self.transformer(idx, targets)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
 """
 PROGRAMS = {
     "make": f'#!/bin/bash\ngrep "^make $1" .ci/run && exec {shutil.which("make")} -n "$@"\n',  # which .ci/run makes

@@ -87,12 +87,3 @@ def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     files = [bytes(part.astype(np.uint8)) for part in np.split(train, np.flatnonzero(train == 0) + 1)]
     assert any(b"class JSONDecoder" in file for file in files)
     assert metas[0]["checksum"]["val.bin"].startswith("sha256:")
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=lambda tokenizer: tokenizer.name)
-def test_tokenizers_give_the_text_back(tokenizer, vocabulary):
-    text = "Hello, wörld! 你好 <|endoftext|>"
-    tokens = tokenizer.encode(text)
-    assert tokenizer.decode_bytes(tokens).decode() == text
-    assert all(0 <= token < tokenizer.end_of_text or tokenizer.name == "bytes" for token in tokens)
-    assert tokenizer.decode_bytes([50300] if tokenizer.name == "gpt2" else []) == b""

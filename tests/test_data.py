@@ -92,24 +92,18 @@ def test_what_is_wrong_ahead_is_told_when_it_is_needed():
         ahead.take(3, 4)
 
 
-@pytest.mark.parametrize("change", ["cut", "replaced"])
-def test_a_data_file_that_changes_during_a_run_is_noticed(tmp_path, change):
-    """Cutting the open file ends the run; another file in its place is found out by the fingerprint on resume."""
+def test_a_data_file_that_changes_during_a_run_is_noticed(tmp_path):
+    """Another file in its place is found out by the fingerprint on resume; cutting the open file ends the run."""
     write_dataset(tmp_path, TOKENS, TOKENS[:999])
     path, data = tmp_path / "train.bin", open_data(f"{tmp_path}", 16)
-    rows, fingerprint = data.train_rows(0, 1, 8, 0, 8), data.fingerprint()
-    backwards = np.fromfile(path, "<u2")[::-1].tobytes()
-    if change == "cut":
-        os.truncate(path, 1000)
-    else:
-        (tmp_path / "other").write_bytes(backwards)
-        (tmp_path / "other").rename(path)
-    if change == "replaced":
-        assert torch.equal(data.train_rows(0, 1, 8, 0, 8), rows)
-    else:
-        with pytest.raises(RankError, match=r"train.bin was cut while it was being read"):
-            data.train_rows(0, 1, 8, 0, 8)
-    assert open_data(f"{tmp_path}", 16).fingerprint() != fingerprint
+    rows = data.train_rows(0, 1, 8, 0, 8)
+    path.rename(tmp_path / "aside")
+    path.write_bytes(np.fromfile(tmp_path / "aside", "<u2")[::-1].tobytes())
+    assert torch.equal(data.train_rows(0, 1, 8, 0, 8), rows)
+    assert open_data(f"{tmp_path}", 16).fingerprint() != data.fingerprint()
+    os.truncate(tmp_path / "aside", 1000)
+    with pytest.raises(RankError, match=r"train.bin was cut while it was being read"):
+        data.train_rows(0, 1, 8, 0, 8)
 
 
 def test_the_fingerprint_tells_data_sets_apart(tmp_path):

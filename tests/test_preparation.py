@@ -166,7 +166,7 @@ def test_a_text_file_is_a_document_and_its_name_no_pattern(openwebtext, call, tm
         (tmp_path / name).write_text(f"first line of {name}\nsecond line")
     files = [tmp_path / "a*.txt", tmp_path / "g[1].txt"]
     call(openwebtext, "--tokenizer=bytes", "--data-files", *files, "--out-dir", tmp_path / "out")
-    assert texts_of(tmp_path / "out") == [f"first line of {path.name}\nsecond line" for path in files]
+    assert texts_of(tmp_path / "out") == [path.read_text() for path in files]
 
 
 ROWS = {  # files of rows that have nothing in common but text
@@ -298,14 +298,8 @@ def test_a_kill_while_the_files_get_their_names_loses_nothing(tmp_path, renamed,
     assert step in renamed and all(renamed.values())  # the disk had all of a file when it got its name
 
 
-def test_tokens_that_are_gone_are_not_filled_up(tmp_path):
-    kill_before("meta.json", tmp_path)
-    (tmp_path / "train.bin.tmp").write_bytes(b"ab")
-    with pytest.raises(UserError, match="shorter than progress.json says; delete progress.json to start over"):
-        write_data_set(tmp_path, SMALL, Bytes(), 1)
-    (tmp_path / "progress.json").unlink()
-    write_data_set(tmp_path, SMALL, Bytes(), 1)
-    assert made(tmp_path) == SMALL_TOKENS
+OTHER = TextSource("another", {"train": ["other" * 9], "val": ["text" * 9]})
+OTHER_TOKENS = {"train": [*(b"other" * 9), 0], "val": [*(b"text" * 9), 0]}
 
 
 @pytest.mark.parametrize("there", ["a data set", "an unfinished one", "damaged progress"])
@@ -316,22 +310,26 @@ def test_another_data_set_is_replaced_only_when_told_to(tmp_path, there):
         kill_before("meta.json", tmp_path)
     if there == "damaged progress":
         (tmp_path / "progress.json").write_text('{"job": ')
-    other = TextSource("another", {"train": ["other"], "val": ["text"]})
     before = contents(tmp_path)
     with pytest.raises(UserError, match="holds another data set .* add --overwrite"):
-        write_data_set(tmp_path, other, Bytes(), 1)
+        write_data_set(tmp_path, OTHER, Bytes(), 1)
     assert contents(tmp_path) == before
-    write_data_set(tmp_path, other, Bytes(), 1, overwrite=True)
-    assert made(tmp_path) == {"train": [*b"other\0"], "val": [*b"text\0"]}
+    write_data_set(tmp_path, OTHER, Bytes(), 1, overwrite=True)
+    assert made(tmp_path) == OTHER_TOKENS
 
 
-def test_tokens_of_another_preparation_are_never_taken_for_its_own(tmp_path):
-    """A is noted and killed, B is killed before its first note, A goes on: it must not keep B's bytes."""
+def test_tokens_that_are_gone_or_of_another_preparation_are_never_taken_for_its_own(tmp_path):
     kill_before("meta.json", tmp_path)
-    longer = TextSource("another", {"train": ["x" * 99], "val": ["y" * 99]})
-    kill_before("progress.json", tmp_path, longer, overwrite=True)
+    kill_before("progress.json", tmp_path, OTHER, overwrite=True)  # before its first note
     write_data_set(tmp_path, SMALL, Bytes(), 1)
     assert made(tmp_path) == SMALL_TOKENS
+    kill_before("meta.json", tmp_path, OTHER, overwrite=True)
+    (tmp_path / "train.bin.tmp").write_bytes(b"ab")
+    with pytest.raises(UserError, match="shorter than progress.json says; delete progress.json to start over"):
+        write_data_set(tmp_path, OTHER, Bytes(), 1)
+    (tmp_path / "progress.json").unlink()
+    write_data_set(tmp_path, OTHER, Bytes(), 1)
+    assert made(tmp_path) == OTHER_TOKENS
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -412,48 +410,33 @@ def test_bad_text_is_refused_in_one_line(openwebtext, call, refused, tmp_path, n
     assert not [*tmp_path.glob("out/*.bin"), *tmp_path.glob("out/*.json")]
 
 
-def offline(*args, **kwargs):
-    raise urllib.error.URLError("no route to host")
+SOURCES = {  # what a script asks of the network
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "openwebtext --source=some/other --config=en": ("some/other", "en"),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "shakespeare_char": None,
+}
 
 
-@pytest.mark.parametrize("script", ["openwebtext", "fineweb_edu", "shakespeare_char"])
-def test_a_missing_network_or_vocabulary_says_what_to_do(script, call, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    monkeypatch.delitem(TOKENIZERS["gpt2"].__dict__, "encoding", raising=False)
-    command = [load_script(script), "--out-dir", tmp_path / "out"]
-    tokenizer = [] if script == "shakespeare_char" else ["--tokenizer=bytes"]
-    line = refused(lambda: call(*command, *tokenizer))
-    assert "use --" in line
-    assert "no route to host" in line
-    assert not tokenizer or "set TIKTOKEN_CACHE_DIR" in refused(lambda: call(*command))
-    assert not (tmp_path / "out").exists()
-
-
-def test_recipes_name_their_source(call, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", SOURCES)
+def test_a_missing_network_or_vocabulary_says_what_to_do(command, call, refused, tmp_path, monkeypatch):
     asked = []
 
-    class Builder:
-        hash = "1"
+    def offline(*given, **_):
+        asked.append(given)
+        raise urllib.error.URLError("no route to host")
 
-        def __init__(self, path, name):
-            asked.append((path, name))
-
-        def download_and_prepare(self): ...
-
-        def as_dataset(self, split):
-            return datasets.Dataset.from_dict({"text": DOCUMENTS})
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
-    for script, *options in (["fineweb_edu"], ["openwebtext"], ["openwebtext", "--source=some/other", "--config=en"]):
-        call(load_script(script), "--tokenizer=bytes", "--overwrite", "--out-dir", tmp_path, *options)
-    assert asked == [
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-        ("Skylion007/openwebtext", None),
-        ("some/other", "en"),
-    ]
-    assert json.loads((tmp_path / "meta.json").read_text())["source"] == "some/other"
+    for module, name in ((datasets, "load_dataset_builder"), (urllib.request, "urlopen"), (tiktoken, "get_encoding")):
+        monkeypatch.setattr(module, name, offline)
+    monkeypatch.delitem(TOKENIZERS["gpt2"].__dict__, "encoding", raising=False)
+    script, *options = command.split()
+    command, source = [load_script(script), *options, "--out-dir", tmp_path / "out"], SOURCES[command]
+    line = refused(lambda: call(*command, *(["--tokenizer=bytes"] if source else [])))
+    assert "use --" in line
+    assert "no route to host" in line
+    assert not source or asked == [source]
+    assert not source or "set TIKTOKEN_CACHE_DIR" in refused(lambda: call(*command))
+    assert not (tmp_path / "out").exists()
 
 
 def test_shakespeare_is_cut_at_nine_tenths(call, refused, tmp_path):

@@ -61,16 +61,6 @@ def test_windows_is_refused_in_one_line(script):
     assert done.stderr == f"error: Linux and macOS are supported, {sys.platform} is not: on Windows use WSL\n"
 
 
-def test_sample_refuses_what_it_cannot_use(refused, call, train, tmp_path):
-    assert "no checkpoint in" in refused(lambda: call(sample, "--out_dir", tmp_path))
-    assert f"--seed: {2**70} is not" in refused(lambda: call(sample, "--seed", 2**70))
-    assert "--num_samples: -1 is not" in refused(lambda: call(sample, "--num_samples", -1))
-    assert "unrecognized arguments: --temprature" in refused(lambda: call(sample, "--temprature", 1))
-    train(tmp_path / "run", max_iters=1)
-    missing = ["--out_dir", tmp_path / "run", "--start", "FILE:nowhere.txt"]
-    assert "nowhere.txt cannot be read" in refused(lambda: call(sample, *missing))
-
-
 def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     for name in ("a", "b"):
         subprocess.run(

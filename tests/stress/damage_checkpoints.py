@@ -32,26 +32,21 @@ def damage(folders: list[Path], chance: random.Random) -> str:
     content = path.read_bytes() if path.is_file() else b""
     if not content:
         return "none: an earlier harm took it"
-    place = chance.randrange(len(content))
-    kind = chance.choice(
-        ["flip", "flip", "flip", "bits", "cut", "grow", "blank", "missing", "empty", "folder", "swap", "exchange",
-         "copy", "rename", "remove"]
-    )  # fmt: skip
-    if kind == "flip":  # a bit
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :])
-    elif kind == "bits":
-        noise = chance.randbytes(chance.randrange(1, 64))
-        path.write_bytes(content[:place] + noise + content[place + len(noise) :])
-    elif kind == "cut":
-        path.write_bytes(content[:place])
-    elif kind == "grow":
-        path.write_bytes(content + chance.randbytes(chance.randrange(1, 64)))
-    elif kind == "blank":  # a sector that was never written
-        path.write_bytes(content[:place] + bytes(min(512, len(content) - place)) + content[place + 512 :])
+    place, noise = chance.randrange(len(content)), chance.randbytes(chance.randrange(1, 64))
+    contents = {
+        "flip": content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :],  # a bit
+        "bits": content[:place] + noise + content[place + len(noise) :],
+        "cut": content[:place],
+        "grow": content + noise,
+        "blank": content[:place] + bytes(min(512, len(content) - place)) + content[place + 512 :],  # a sector
+        "empty": b"",
+    }
+    others = ["missing", "folder", "swap", "exchange", "copy", "rename", "remove"]
+    kind = chance.choice(["flip", "flip", *contents, *others])
+    if kind in contents:
+        path.write_bytes(contents[kind])
     elif kind == "missing":
         path.unlink()
-    elif kind == "empty":
-        path.write_bytes(b"")
     elif kind == "folder":
         path.unlink()
         path.mkdir()

@@ -129,19 +129,12 @@ def test_the_commands_of_a_block_run(name, bash, repository, made, tmp_path, req
         ("python train.py --lerning_rate=1\necho further", 2, "did you mean 'learning_rate'"),
         ("torchrun --processes=2 train.py\necho further", 2, "unrecognized arguments: --processes=2"),
         ("python -m tests.stress.kill_training --kills 4\necho further", 1, "grep -x 'stress kill_training --kills 4'"),
-        ("make nothing\necho further", 1, "make nothing"),
-        ("pip install x\necho further", 127, "pip: command not found"),
     ],
 )
 def test_a_command_that_fails_is_told(bash, repository, script, exit_code, complaint):
     code, output = bash(runnable(script), repository)
     assert code == exit_code, output
     assert complaint in output and "further" not in output
-
-
-def test_a_marked_line_is_left_out_with_the_lines_it_continues():
-    block = "a  # needs care\nb \\\n  --c  # now: needs a network\nd\nneeds a GPU\ne && f  # needs a GPU; else slow\n"
-    assert runnable(block) == "a  # needs care\nd\nneeds a GPU\n"
 
 
 def test_every_block_of_the_documentation_is_python_or_commands():

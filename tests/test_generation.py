@@ -103,18 +103,21 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_k, top_p):
 # sample.py
 
 
-def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tmp_path):
+def test_sample_continues_texts_as_the_seed_says_and_each_of_a_file_as_it_would_alone(train, call, tmp_path):
     train(tmp_path / "run", max_iters=3)
-    options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20, "--temperature", 0]
-    lines = ["12 squared is", "Grüße", " 7"]
+    options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20]
+    lines, rule = ["12 squared is", "Grüße", " 7"], "-" * 40
     (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n")
-    texts = call(*options, "--prompts", tmp_path / "lines.txt").split("\n" + "-" * 40 + "\n")
-    assert "".join(texts) == "".join(call(*options, "--start", line) for line in lines).replace("\n", "") + "\n"
-    drawn = ["--prompts", tmp_path / "lines.txt", "--temperature", 1, "--top_p", 0.9, "--num_samples", 2]
-    first = call(*options, *drawn)
-    assert first.count("-" * 40) == 5
-    assert first == call(*options, *drawn)
-    assert first != call(*options, *drawn, "--seed", 5)
+    prompts = [*options, "--prompts", tmp_path / "lines.txt"]
+    texts = call(*prompts, "--temperature", 0).split(f"\n{rule}\n")
+    for line, text in zip(lines, texts, strict=True):
+        alone = [call(*options, "--start", line, *drawn) for drawn in (["--temperature", 0], ["--top_k", 1])]
+        assert text.startswith(line) and alone == [text.rstrip("\n") + "\n"] * 2
+    drawn = [*prompts, "--top_p", 0.9, "--num_samples", 2]
+    first = call(*drawn)
+    assert first.count(rule) == 5
+    assert first == call(*drawn)
+    assert first != call(*drawn, "--seed", 5)
     assert call(*options, "--dtype", "bfloat16", "--start", lines[0]).startswith(lines[0])
 
 

@@ -1,9 +1,7 @@
 """GPT-2: its loss in chunks against the plain one, dropout, attention (the architecture: test_pretrained.py)."""
 
 import contextlib
-import copy
 import math
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -92,30 +90,11 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(head
         assert labels == "sampled" or model(idx, targets).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_a_frozen_embedding_leaves_the_other_gradients_alone(head):
-    model, idx, targets = head
-    params = [parameter for parameter in model.parameters() if parameter is not model.wte.weight]
-    expected = torch.autograd.grad(model(idx, targets), params)
-    model.wte.weight.requires_grad_(False)
-    found = torch.autograd.grad(model(idx, targets), params)
-    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
-
-
 def test_a_second_derivative_is_refused(head):
     """In place of one without the head's part."""
     model, idx, targets = head
     with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match="once"):
         hutchinson(model(idx, targets), model.parameters())
-
-
-def test_a_copy_of_a_compiled_model_is_one_of_its_own(head):
-    model, idx, targets = head
-    before = model(idx, targets)
-    model.compile()
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    with torch.no_grad():
-        model.wte.weight.zero_()
-    assert all(twin(idx, targets) == before for twin in copies)
 
 
 @pytest.mark.parametrize("compile", COMPILERS)

@@ -81,27 +81,6 @@ def test_export_import_and_export_give_the_same_bytes(bias, tmp_path):
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("change", [
-    {"model_type": "llama"}, {"n_head": 3}, {"n_head": "2"}, {"n_layer": 3}, {"n_layer": 10**9}, {"n_embd": 8},
-    {"vocab_size": None}, {"layer_norm_epsilon": 1e-6}, {"activation_function": "relu"}, {"n_positions": [16]},
-])  # fmt: skip
-def test_a_config_of_another_model_is_refused_in_one_line(change, refused, call, tmp_path):
-    folder = write(random_model(TINY), tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    assert f"'{folder}' cannot be loaded: " in refused(lambda: call(sample, "--init_from", folder))
-
-
-def test_damaged_files_are_refused_in_one_line(refused, call, tmp_path):
-    folder = write(random_model(TINY), tmp_path / "model")
-    for path in (folder / "model.safetensors", Path(nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY)))):
-        whole = path.read_bytes()
-        for content in (b"", b"text", whole[:-9], whole[:500], whole[:64] + b"\xff" * 300 + whole[364:]):
-            path.write_bytes(content)
-            line = refused(lambda: call(sample, "--init_from", path if path.suffix == ".pt" else folder))  # noqa: B023
-            assert f"{path} is damaged" in line or f"'{path}' cannot be loaded: " in line
-
-
 def test_weights_in_several_files_and_in_a_file_that_is_named_are_read(refused, call, tmp_path):
     theirs = hugging_face(write(random_model(TINY), tmp_path / "one"))
     theirs.save_pretrained(tmp_path / "several", max_shard_size="10KB")
@@ -272,16 +251,37 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(save, refused, call,
     assert proof.exists()  # it does work
 
 
-@pytest.mark.parametrize("changes", [
+CONFIGS = [
+    {"model_type": "llama"}, {"n_head": 3}, {"n_head": "2"}, {"n_layer": 3}, {"n_layer": 10**9}, {"n_embd": 8},
+    {"vocab_size": None}, {"layer_norm_epsilon": 1e-6}, {"activation_function": "relu"}, {"n_positions": [16]},
+]  # fmt: skip
+CHECKPOINTS = [
     {"model": {"transformer.wte.weight": torch.zeros(3, 16)}}, {"model": {"transformer.ln_f.bias": torch.zeros(16)}},
     {"model": {"lm_head.weight": torch.zeros(257, 16)}}, {"model": {"transformer.wpe.weight": 3}}, {"model": 3},
     {"model": {"transformer.h.0.ln_1.weight": torch.zeros(0)}}, {"model": {3: torch.zeros(3)}},
     {"model_args": {"n_layer": 1}}, {"model_args": {"n_head": 0}}, {"model_args": {"n_embd": torch.zeros(2)}},
     {"model_args": {"bias": True}}, {"model_args": None},
-])  # fmt: skip
-def test_a_checkpoint_that_contradicts_itself_is_refused_in_one_line(changes, refused, call, tmp_path):
-    path = nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY), **changes)
-    assert f"'{path}' cannot be loaded: " in refused(lambda: call(sample, "--init_from", path))
+]  # fmt: skip
+
+
+def test_weights_that_are_damaged_or_contradict_themselves_are_refused_in_one_line(refused, call, tmp_path):
+    folder, file = write(random_model(TINY), tmp_path / "model"), nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY))
+
+    def refuses(source):
+        assert f"'{source}' cannot be loaded: " in refused(lambda: call(sample, "--init_from", source))
+
+    for source, path in ((folder, folder / "model.safetensors"), (file, Path(file))):
+        whole = path.read_bytes()
+        for content in (b"", b"text", whole[:-9], whole[:500], whole[:64] + b"\xff" * 300 + whole[364:]):
+            path.write_bytes(content)
+            refuses(source)
+        path.write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    for change in CONFIGS:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        refuses(folder)
+    for changes in CHECKPOINTS:
+        refuses(nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY), **changes))
 
 
 # Vocabularies
@@ -316,34 +316,6 @@ def test_an_exported_tokenizer_encodes_as_the_project_does(name, exported_tokeni
 # The scripts
 
 
-def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
-    rows = train(tmp_path / "run", max_iters=3, optimizer="sophiag")
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "val/loss": 9.0}\n')  # after the checkpoint
-    folder = tmp_path / "deep" / "exported"
-    assert call(export, "--out_dir", tmp_path / "run", "--to", folder).strip() == str(folder)
-    assert {path.name for path in folder.iterdir()} == {
-        "README.md", "config.json", "curves.png", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json",
-    }  # fmt: skip
-    card = (folder / "README.md").read_text()
-    assert f"| val/loss at step 3 | {rows[-1]['val/loss']:.4f} |" in card
-    assert "--optimizer=sophiag" in card
-    parameters = 256 * 16 + 16 * 16 + 2 * (12 * 16**2 + 2 * 16) + 16
-    assert f"A GPT-2 with {parameters:,} parameters, trained from `scratch` on {3 * 8 * 16} tokens of" in card
-
-    model, tokenizer = hugging_face(folder), hugging_face(folder, "AutoTokenizer")
-    ours, byte, name = load_model(str(tmp_path / "run"), None)
-    assert (byte.name, name) == ("bytes", str(tmp_path / "run" / "checkpoints" / "step_00000003"))
-    tokens = torch.tensor([tokenizer.encode("12 squared")])
-    with torch.no_grad():
-        assert (model(tokens).logits - ours(tokens)).abs().max() < 1e-4
-    start = ["--start", "12 squared", "--max_new_tokens", 20, "--temperature", 0]
-    text = call(sample, "--init_from", folder, *start)
-    assert text == call(sample, "--out_dir", tmp_path / "run", *start)
-    assert "File exists" in refused(lambda: call(export, "--out_dir", tmp_path / "run", "--to", folder))
-
-
 @pytest.mark.parametrize(("vocab_size", "token"), [(50257, None), (50304, None), (50257, "the"), (257, "b")])
 def test_weights_of_another_vocabulary_than_the_data_sets_are_refused(vocab_size, token, refuses, tmp_path):
     """GPT-2's by its size, padded or not; another one of GPT-2's size or of the bytes' by its entries."""
@@ -360,34 +332,47 @@ def test_weights_of_another_vocabulary_than_the_data_sets_are_refused(vocab_size
     refuses("tokenizer.json is damaged", init_from=source)
 
 
-def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, call, refused, tmp_path, monkeypatch):
-    rows = train(tmp_path / "run", max_iters=3, eval_interval=1, keep_checkpoints=9, learning_rate=0.1, bias=True)
-    folder = tmp_path / "run/checkpoints/step_00000001"
-    weights = load_file(folder / "model.safetensors")
-    call(export, "--out_dir", folder, "--to", tmp_path / "exported")
-    card = (tmp_path / "exported" / "README.md").read_text()
-    assert f"| val/loss at step 1 | {rows[1]['val/loss']:.4f} |" in card
-    assert "(curves.png)" in card
-    exported = pretrained.load(str(tmp_path / "exported")).state_dict()
-    assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
-    start = ["--start", "12 squared", "--max_new_tokens", 20]
-    text = call(sample, "--out_dir", folder, *start)
-    assert text == call(sample, "--init_from", tmp_path / "exported", *start)
-    assert text != call(sample, "--out_dir", tmp_path / "run", *start)
-    monkeypatch.chdir(folder)
-    for source in (".", shutil.copytree(folder, tmp_path / "best")):
-        model, _, name = load_model(str(source), None)
-        assert Path(name) == Path(source).resolve()
-        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
-    shutil.copytree(folder, tmp_path / "step_00000002")
+def test_a_run_and_each_of_its_checkpoints_are_exported_sampled_from_and_evaluated(
+    train, call, refused, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    rows = train(run, optimizer="sophiag", max_iters=3, eval_interval=1, keep_checkpoints=9, learning_rate=0.1)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "val/loss": 9.0}\n')  # after the checkpoint
+    start, texts = ["--start", "12 squared", "--max_new_tokens", 20], []
+    for step, source in ((3, run), (1, run / "checkpoints/step_00000001")):
+        folder, weights = tmp_path / "exported" / str(step), run / f"checkpoints/step_{step:08}" / "model.safetensors"
+        assert call(export, "--out_dir", source, "--to", folder).strip() == str(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "README.md", "config.json", "curves.png", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json",
+        }  # fmt: skip
+        card = (folder / "README.md").read_text()
+        assert f"| val/loss at step {step} | {rows[step]['val/loss']:.4f} |" in card
+        assert "--optimizer=sophiag" in card and "(curves.png)" in card
+        assert f"trained from `scratch` on {step * 8 * 16} tokens of" in card
+        assert f"A GPT-2 with {sum(tensor.numel() for tensor in load_file(weights).values()):,} parameters" in card
+        exported = pretrained.load(str(folder)).state_dict()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in load_file(weights).items())
+        texts.append(call(sample, "--init_from", folder, *start))
+        assert texts[-1] == call(sample, "--out_dir", source, *start)
+        assert "File exists" in refused(lambda: call(export, "--out_dir", source, "--to", folder))  # noqa: B023
+    assert texts[0] != texts[1]
+
+    monkeypatch.chdir(source)
+    for path in (".", shutil.copytree(source, tmp_path / "best")):
+        model, byte, name = load_model(str(path), None)
+        assert (byte.name, Path(name)) == ("bytes", Path(path).resolve())
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in load_file(weights).items())
+    shutil.copytree(source, tmp_path / "step_00000002")
     assert "state.json is damaged" in refused(lambda: call(sample, "--out_dir", tmp_path / "step_00000002"))
-    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "copy/checkpoints")
+    shutil.copytree(run / "checkpoints", tmp_path / "copy/checkpoints")
     call(export, "--out_dir", tmp_path / "copy", "--to", tmp_path / "exported copy")
     card = (tmp_path / "exported copy" / "README.md").read_text()
     assert f"| val/loss of the last evaluation | {rows[-1]['val/loss']:.4f} |" in card
     assert "curves.png" not in card  # as the run's rows are not there
     pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
-    assert evaluate.export(str(folder), tmp_path / "for the harness") == str(folder)
+    assert evaluate.export(str(source), tmp_path / "for the harness") == str(source)
 
 
 def test_an_unknown_vocabulary_is_refused_in_one_line(refused, call, tmp_path):

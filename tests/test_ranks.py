@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from data.token_files import open_data
 from model import GPT, GPTConfig
 from run import errors
 from run.machine import Machine
-from run.ranks import Ranks, meet
+from run.ranks import Ranks
 from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUNDS, difference, settings_of, torchrun
 from training.parallel import wrap
@@ -98,25 +97,6 @@ def test_a_fault_of_one_rank_ends_the_job_in_time_with_one_line(folder, fault, s
     assert re.search(said, error)
     assert f"exitcode  : {exit_code}" in done.stderr
     assert last_checkpoint(folder / fault).name == "step_00000002"
-
-
-def test_ranks_meet_anew_in_a_store_that_has_the_names_of_dead_ones():
-    store, met = dist.HashStore(), []
-
-    def arrive(rank):
-        part = meet(store, rank, 3, 20)
-        part.set(f"from {rank}", "here")
-        met.append(part)
-
-    for _ in range(2):  # the second time as torchrun restarts its workers
-        del met[:]
-        threads = [threading.Thread(target=arrive, args=(rank,)) for rank in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert len(met) == 3
-        assert all(part.check([f"from {rank}" for rank in range(3)]) for part in met)
 
 
 class ToldByRank0(Ranks):

@@ -13,20 +13,6 @@ from data.tokenizers import TOKENIZERS
 from run.settings import ROOT, read
 
 
-def test_sample_continues_a_text_as_the_seed_says(train, call, tmp_path):
-    train(tmp_path / "run", max_iters=3)
-    options = [sample, "--out_dir", tmp_path / "run", "--start", "Grüße ", "--max_new_tokens", 20]
-    first = call(*options)
-    assert first.startswith("Grüße ")
-    assert first == call(*options)
-    assert first != call(*options, "--seed", 5)
-    assert call(*options, "--num_samples", 3).count("-" * 40) == 2
-    assert call(*options, "--temperature", 1e-40) == call(*options, "--temperature", 0)
-    assert call(*options, "--temperature", 0) == call(*options, "--top_k", 1)
-    (tmp_path / "start.txt").write_text("12 squared")
-    assert call(*options[:3], "--start", f"FILE:{tmp_path / 'start.txt'}").startswith("12 squared")
-
-
 def test_a_start_that_is_no_utf8_reaches_the_model_as_it_is(train, tmp_path):
     train(tmp_path / "run", max_iters=1)
     command = [sys.executable, "sample.py", f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=1", b"--start=caf\xe9 x"]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import train as script
 from run import errors
 from run.settings import ROOT, read
-from tests.conftest import TINY, arguments, last_checkpoint, same_weights
+from tests.conftest import TINY, arguments, largest_file, last_checkpoint, same_weights
 from training import checkpoint_writer, checkpoints
 from training.metrics import Metrics, read_rows
 from training.start import RunFolder
@@ -129,16 +128,6 @@ def test_a_checkpoint_of_before_a_setting_existed_is_gone_on_with(checkpoint, tr
 
 
 # A disk that is full or slow
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

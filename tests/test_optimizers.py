@@ -113,7 +113,7 @@ def backward(params):
 
 
 @pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
-def test_schedulers_closures_and_tensor_learning_rates_work(optimizer_class):
+def test_closures_and_tensor_learning_rates_work(optimizer_class):
     params, optimizer = quadratic(optimizer_class, lr=torch.tensor(0.01))
 
     def closure():
@@ -123,13 +123,6 @@ def test_schedulers_closures_and_tensor_learning_rates_work(optimizer_class):
 
     assert optimizer.step(closure) == 7.0
     assert torch.allclose(params[0], torch.full((4,), 2.0 - 0.01), atol=0.005)
-    optimizer.param_groups[0]["lr"] = 0.01
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
-    for _ in range(100):
-        assert optimizer.step(closure) == 7.0
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    assert params[0].abs().max() < 1.7
 
 
 @pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])

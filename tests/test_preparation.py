@@ -7,7 +7,6 @@ import importlib.util
 import json
 import lzma
 import os
-import resource
 import tracemalloc
 import urllib.error
 import urllib.request
@@ -25,7 +24,7 @@ from data.token_files import open_data
 from data.tokenizers import TOKENIZERS, Bytes
 from run.errors import UserError
 from run.settings import ROOT
-from tests.conftest import write_dataset
+from tests.conftest import largest_file, write_dataset
 
 DOCUMENTS = [f"Document number {i}: " + "so it goes, " * (i % 7) for i in range(3000)] + ["", "Ende – fin"]
 SMALL = TextSource("a test", {"train": ["one", "two"], "val": ["three"]})
@@ -108,26 +107,16 @@ def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, refused,
         assert complaint in refused(lambda: call(openwebtext, "--data-files", path, *other))  # noqa: B023
 
 
-HUB_CARD = """---
-dataset_info:
-  config_name: plain_text
-  features:
-  - name: text
-    dtype: string
-configs:
-- config_name: plain_text
-  data_files:
-  - split: train
-    path: plain_text/train-*
----
-"""
+def card(*configs):
+    lines = (f"- config_name: {name}\n  data_files: plain_text/train-*\n" for name in configs)
+    return f"---\nconfigs:\n{''.join(lines)}---\n"
 
 
 @pytest.fixture
 def hub(tmp_path):
     """A folder laid out as OpenWebText is on the hub: a card, and a configuration of 80 parquet files."""
     (tmp_path / "hub/plain_text").mkdir(parents=True)
-    (tmp_path / "hub/README.md").write_text(HUB_CARD)
+    (tmp_path / "hub/README.md").write_text(card("plain_text"))
     bounds = np.linspace(0, len(DOCUMENTS), 81, dtype=int)
     for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         write_documents(tmp_path / f"hub/plain_text/train-{i:05}-of-00080.parquet", DOCUMENTS[start:stop])
@@ -155,8 +144,7 @@ def test_a_source_that_datasets_refuses_says_what_helps(openwebtext, call, refus
     assert "give the files to --data-files" in line
     line = refused(lambda: call(openwebtext, "--source", hub, "--config=en", *options))
     assert "'en' not found. Available: ['plain_text']" in line
-    configs = "".join(f"- config_name: {name}\n  data_files: plain_text/train-*\n" for name in ("one", "two"))
-    (hub / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    (hub / "README.md").write_text(card("one", "two"))
     line = refused(lambda: call(openwebtext, "--source", hub, *options))
     assert "available configs: ['one', 'two']; choose one with --config" in line
 
@@ -365,12 +353,8 @@ def test_a_full_disk_keeps_what_is_done(openwebtext, call, refused, tmp_path):
     path = write_documents(tmp_path / "documents.jsonl")
     command = ["--data-files", path, "--tokenizer=bytes", "--out-dir", tmp_path / "out"]
     sources.open_documents("", None, [path], False, "text", 0.0005)  # fills the cache
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    try:
+    with largest_file(200_000):
         line = refused(lambda: call(openwebtext, *command))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "the same command goes on" in line
     assert not list((tmp_path / "out").glob("*.bin"))
     assert "going on after" in call(openwebtext, *command)

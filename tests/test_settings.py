@@ -338,20 +338,16 @@ unknown = (messy | misspelt).filter(lambda name: name.partition("=")[0] not in N
 wrong_type = st.sampled_from([(name, text) for name in NAMES for text in WRONG.get(GROUP[name], [])])
 negative = st.integers(max_value=-1) | st.floats(max_value=-1e-3)
 beyond_64_bits = st.integers(2**63, 10**30) | st.integers(-(10**30), -(2**63) - 1)
+wrong_number = st.tuples(st.sampled_from(NUMBERS), negative) | st.tuples(st.sampled_from(INTEGERS), beyond_64_bits)
 no_file = messy.map("missing/{}".format)
 malformed = st.one_of(
     st.builds(on_command_line, unknown, messy),
     unknown.filter(str.isidentifier).map("{} = 3".format).map(in_config),
-    wrong_type.flatmap(lambda case: anywhere(*case)),
-    st.builds(lambda name: (None, [f"--{name}"]), st.sampled_from(NAMES)),
-    st.tuples(st.sampled_from(NUMBERS), negative).flatmap(lambda case: anywhere(*case)),
-    st.tuples(st.sampled_from(INTEGERS), beyond_64_bits).flatmap(lambda case: anywhere(*case)),
+    (wrong_type | wrong_number).flatmap(lambda case: anywhere(*case)),
+    st.builds(on_command_line, st.sampled_from(["dataset", "init_from"]), no_file),
     st.sampled_from(CODE).map(lambda line: in_config(line.format(PROOF))),
     st.binary().map(lambda noise: (b"n_layer = 2\n" + noise + b"\xff\n", [])),
-    no_file.map(lambda path: (None, [path])),
-    no_file.map(lambda path: in_config(f"include = {path!r}")),
-    no_file.map(lambda path: on_command_line("dataset", path)),
-    no_file.map(lambda path: on_command_line("init_from", path)),
+    no_file.map(lambda path: (None, [path])) | no_file.map(lambda path: in_config(f"include = {path!r}")),
 )
 
 

@@ -65,13 +65,6 @@ def test_a_text_goes_on_as_without_a_cache_also_beyond_the_context(size):
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
-def test_generation_runs_under_autocast_and_in_bfloat16(model):
-    idx = torch.randint(64, (2, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.generate(idx, 20).shape == (2, 25)
-    assert model.bfloat16().generate(idx, 20).shape == (2, 25)
-
-
 # Drawing
 
 

@@ -33,18 +33,13 @@ def test_the_peak_is_that_of_the_devices_model(monkeypatch, name):
     assert Machine(cuda, torch.float32, compile=False).peak_flops() is None
 
 
-def test_float32_products_are_rounded_on_cuda_and_nowhere_else():
+@pytest.mark.parametrize(("device", "option", "expected"), [("cpu", [], "highest"), ("cuda", [], "high"),
+    ("cuda", ["--float32_matmul_precision=highest"], "highest")])  # fmt: skip
+def test_float32_products_are_rounded_on_cuda_and_nowhere_else(device, option, expected):
     assert torch.get_float32_matmul_precision() == "highest"
-    try:
-        for device, options, expected in (
-            ("cpu", [], "highest"),
-            ("cuda", [], "high"),
-            ("cuda", ["--float32_matmul_precision=highest"], "highest"),
-        ):
-            set_matmul_precision(read(options), torch.device(device))
-            assert torch.get_float32_matmul_precision() == expected
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    set_matmul_precision(read(option), torch.device(device))
+    assert torch.get_float32_matmul_precision() == expected
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_an_empty_variable_of_torchrun_counts_as_unset(train, refuses, monkeypatch, tmp_path):

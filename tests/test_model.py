@@ -178,31 +178,14 @@ def test_plain_attention_in_bfloat16_is_as_accurate_as_the_fused_one(plain_atten
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     idx = torch.randint(64, (4, 16))
-    exact = model(idx)
-    plain, fused = (
-        logits_of(model, idx, machine) for machine in (plain_attention, replace(plain_attention, plain_attention=False))
-    )
-    assert not torch.equal(plain, fused)
-    errors = [(logits.float() - exact).norm() / exact.norm() for logits in (plain, fused)]
+    exact, found = model(idx), []
+    for machine in (plain_attention, replace(plain_attention, plain_attention=False)):
+        with machine.forward_context():
+            found.append(model(idx))
+    assert not torch.equal(*found)
+    errors = [(logits.float() - exact).norm() / exact.norm() for logits in found]
     assert errors[0] < 0.02
     assert errors[0] < 1.5 * errors[1]
-
-
-def logits_of(model, idx, machine):
-    with machine.forward_context():
-        return model(idx)
-
-
-def test_a_token_sees_only_what_came_before(plain_attention):
-    torch.manual_seed(0)
-    model = GPT(TINY)
-    idx = torch.randint(64, (1, 16))
-    changed = idx.clone()
-    changed[0, 10] = (changed[0, 10] + 1) % 64
-    for machine in (replace(plain_attention, dtype=torch.float32, plain_attention=False), plain_attention):
-        before, after = logits_of(model, idx, machine), logits_of(model, changed, machine)
-        assert torch.equal(before[0, :10], after[0, :10])
-        assert not torch.allclose(before[0, 10:], after[0, 10:])
 
 
 def test_initialisation_is_gpt2s():

@@ -49,17 +49,12 @@ def test_windows_is_refused_in_one_line(script):
 
 def test_the_standard_library_gives_the_same_data_every_time(tmp_path):
     for name in ("a", "b"):
-        subprocess.run(
-            [sys.executable, "data/stdlib/prepare.py", "--out-dir", tmp_path / name],
-            cwd=ROOT, check=True, capture_output=True,
-        )  # fmt: skip
-    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("a", "b")]
-    assert metas[0] == metas[1]
-    assert metas[0]["tokenizer"] == "bytes"
+        command = [sys.executable, "data/stdlib/prepare.py", "--out-dir", tmp_path / name]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    meta, again = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("a", "b"))
+    assert meta == again
+    assert meta["tokenizer"] == "bytes" and meta["checksum"]["val.bin"].startswith("sha256:")
     train, val = (np.fromfile(tmp_path / "a" / f"{split}.bin", "<u2") for split in ("train", "val"))
-    assert (len(train), len(val)) == (metas[0]["train_tokens"], metas[0]["val_tokens"])
-    assert len(train) > 3e6
-    assert 0.01 < len(val) / len(train) < 0.2
-    files = [bytes(part.astype(np.uint8)) for part in np.split(train, np.flatnonzero(train == 0) + 1)]
-    assert any(b"class JSONDecoder" in file for file in files)
-    assert metas[0]["checksum"]["val.bin"].startswith("sha256:")
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    assert len(train) > 3e6 and 0.01 < len(val) / len(train) < 0.2
+    assert any(b"class JSONDecoder" in file for file in train.astype(np.uint8).tobytes().split(b"\0"))

@@ -22,7 +22,7 @@ from plot import read_curves
 from run.files import write_json
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
-from tests.test_train import FakeWandb
+from tests.test_train import fake_wandb
 from tools import evaluate, export
 from tools.hugging_face import tokenizer_files, write_weights
 from training import pretrained
@@ -189,7 +189,7 @@ def configured(train, dataset, tmp_path, monkeypatch):
 def test_what_is_recorded_of_a_run_from_weights_is_what_was_used(
     configured, weights, call, refused, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    wandb = fake_wandb(monkeypatch)
     shape = {"n_layer": 3, "n_head": 2, "n_embd": 8, "bias": True, "exact_gelu": True}
     for steps, source in enumerate((weights, "resume", "auto", weights), start=1):
         configured(init_from=source, max_iters=steps, wandb_log=True)
@@ -198,7 +198,7 @@ def test_what_is_recorded_of_a_run_from_weights_is_what_was_used(
         assert recorded.items() >= (shape | {"init_from": weights}).items()
         assert state["settings"] == recorded
         assert state["model"].items() >= shape.items()
-        assert wandb.runs[-1]["config"].items() >= recorded.items()
+        assert wandb.init.call_args.kwargs["config"].items() >= recorded.items()
     call(export, "--out_dir", tmp_path / "run", "--to", tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert f"trained from `{weights}` on {4 * 8 * 16} tokens" in card

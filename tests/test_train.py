@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -115,50 +116,30 @@ def test_floating_point_operations_count_the_estimates(train, tmp_path):
         assert rows[6]["flops"] == pytest.approx(16 * (6 * 8 + 2 * 4 * passes) * token)
 
 
-class FakeWandb(types.ModuleType):
-    """Stands in for the module and for the run that its `init` returns, and notes their calls."""
-
-    errors = types.SimpleNamespace(Error=ConnectionError)
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.runs, self.rows, self.exit_codes, self.summaries = [], [], [], {}
-
-    def init(self, **options):
-        self.runs.append(options)
-        return self
-
-    def define_metric(self, name, summary):
-        self.summaries[name] = summary
-
-    def log(self, row, step):
-        assert row["step"] == step
-        self.rows.append(row)
-
-    def finish(self, exit_code):
-        self.exit_codes.append(exit_code)
+def fake_wandb(monkeypatch):
+    """Stands in for the module and for the run that its `init` returns."""
+    wandb = MagicMock()
+    wandb.init.return_value, wandb.errors.Error = wandb, ConnectionError
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
 
 def test_wandb_gets_the_rows_of_a_run_and_of_its_resumption_under_one_id(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
-    options = {"wandb_log": True, "wandb_project": "a project"}
+    wandb, options = fake_wandb(monkeypatch), {"wandb_log": True, "wandb_project": "a project"}
     train(tmp_path, **options, max_iters=3)
     rows = train(tmp_path, **options, max_iters=5, init_from="resume")
-    assert wandb.rows == rows
-    first, second = wandb.runs
+    assert [call.args[0] for call in wandb.log.call_args_list] == rows
+    assert [call.kwargs for call in wandb.log.call_args_list] == [{"step": row["step"]} for row in rows]
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"]["max_iters"]) == ("a project", tmp_path.name, 3)
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
     assert first["config"]["commit"] == metrics.commit()
-    assert "min" in wandb.summaries["val/loss"]
+    assert "min" in wandb.define_metric.call_args.kwargs["summary"]
     with pytest.raises(errors.Diverged):
         train(tmp_path, **options, max_iters=20, init_from="resume", **DISASTER)
-    assert wandb.exit_codes == [0, 0, 1]
-
-    def fail(**_):
-        raise ConnectionError("no key\nis set")
-
-    monkeypatch.setattr(wandb, "init", fail)
+    assert [call.kwargs["exit_code"] for call in wandb.finish.call_args_list] == [0, 0, 1]
+    wandb.init.side_effect = ConnectionError("no key\nis set")
     with pytest.raises(errors.UserError, match="^wandb: no key; log in, or set WANDB_MODE=offline$"):
         train(tmp_path / "other", **options)
 
@@ -174,17 +155,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_commit_is_said_with_changes_and_nothing_is_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "ROOT", tmp_path)
     assert metrics.commit() is None
-
-    def git(*command):
-        identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.com"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
     assert re.fullmatch("[0-9a-f]{40}", clean := metrics.commit())
     (tmp_path / "file").write_text("two")
+    subprocess.run([*git, "add", "file"], check=True)
     assert metrics.commit() == f"{clean}-dirty"
 
 

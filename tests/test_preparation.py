@@ -406,8 +406,8 @@ SOURCES = {  # what a script asks of the network
 def test_a_missing_network_or_vocabulary_says_what_to_do(command, call, refused, tmp_path, monkeypatch):
     asked = []
 
-    def offline(*given, **_):
-        asked.append(given)
+    def offline(*_, path=None, name=None, **__):
+        asked.append((path, name))
         raise urllib.error.URLError("no route to host")
 
     for module, name in ((datasets, "load_dataset_builder"), (urllib.request, "urlopen"), (tiktoken, "get_encoding")):

@@ -19,6 +19,7 @@ from train import accumulate_gradients
 from training import hessian_product
 from training.batches import Batches
 from training.curvature import Curvature
+from training.hessian_product import TangentLoss, attention_tangent
 from training.start import shape_of
 
 STEP = 3
@@ -97,6 +98,19 @@ BFLOAT16 = Machine(torch.device("cpu"), torch.bfloat16, compile=False)
 def test_hutchinson_in_bfloat16_is_near_float64(curvature):
     c = curvature(torch.float32, BFLOAT16, optimizer="sophiah")
     assert distance(estimate(c), double_backward(c, list(c.model.parameters()))) < 0.02
+
+
+def test_a_softmax_of_inputs_that_all_grow_alike_stays_as_it_is_in_bfloat16_too():
+    """Scores of attention grow alike for all keys, logits for all tokens: both tangents are zero."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 32, 8).bfloat16()
+    none, growth = torch.zeros_like(q), torch.randn(8).bfloat16()
+    tangent = attention_tangent(q, k, v, none, growth.expand_as(k), none, torch.tensor(8**-0.5))
+    assert tangent.abs().max() < 1e-4
+    hidden, weight, labels = torch.randn(64, 8).bfloat16(), torch.randn(300, 8).bfloat16(), torch.randint(300, (64,))
+    rate = TangentLoss()
+    du = growth.expand_as(weight)
+    assert rate.loss(torch.cat((hidden, torch.zeros_like(hidden)), dim=1), weight, labels, du).abs() / 64 < 3e-5
 
 
 def test_gauss_newton_bartlett_in_bfloat16_is_near_float32(curvature):

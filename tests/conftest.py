@@ -1,8 +1,10 @@
 """What several tests share: a small data set, and running train.py inside the test process."""
 
+import contextlib
 import json
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -130,6 +132,17 @@ def same_weights(left, right):
     """Whether two checkpoint folders hold bit-identical weights and optimizer state."""
     return all((left / name).read_bytes() == (right / name).read_bytes() for name in
                ("model.safetensors", "optimizer.safetensors"))  # fmt: skip
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file grows beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

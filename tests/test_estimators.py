@@ -69,47 +69,31 @@ def assert_unbiased(draws, exact):
     assert deviation.mean() < 0.25 * exact.abs().mean()
 
 
-@pytest.fixture(scope="module")
-def gauss_newton_draws(tiny):
-    model, params, idx, _ = tiny
+def test_gauss_newton_bartlett_is_unbiased_for_the_gauss_newton_diagonal(tiny, exact_gauss_newton_diagonal):
+    model, params, idx, targets = tiny
     generator = torch.Generator().manual_seed(1)
-    return torch.stack([flat(gauss_newton_bartlett(model(idx), params, generator)) for _ in range(DRAWS)])
+    draws = torch.stack([flat(gauss_newton_bartlett(model(idx), params, generator)) for _ in range(DRAWS)])
+    assert torch.all(draws >= 0)
+    assert_unbiased(draws, exact_gauss_newton_diagonal)
+    empirical_fisher = idx.numel() * flat(torch.autograd.grad(model(idx, targets), params)) ** 2
+    with pytest.raises(AssertionError):  # true labels in the place of sampled ones would be noticed
+        assert_unbiased(draws, empirical_fisher)
 
 
-def test_gauss_newton_bartlett_is_unbiased_for_the_gauss_newton_diagonal(
-    gauss_newton_draws, exact_gauss_newton_diagonal
-):
-    assert torch.all(gauss_newton_draws >= 0)
-    assert_unbiased(gauss_newton_draws, exact_gauss_newton_diagonal)
-
-
-@pytest.fixture(scope="module")
-def hutchinson_draws(tiny):
+def test_hutchinson_is_unbiased_for_the_hessian_diagonal_with_the_variance_of_gaussian_directions(tiny, exact_hessian):
+    """For u ~ N(0, I) the variance of u_i (H u)_i is 2 h_ii^2 + sum over j != i of h_ij^2."""
     model, params, idx, targets = tiny
     generator = torch.Generator().manual_seed(1)
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.stack([flat(hutchinson(loss_of(model, idx, targets), params, generator)) for _ in range(DRAWS)])
-
-
-def test_hutchinson_is_unbiased_for_the_hessian_diagonal(hutchinson_draws, exact_hessian):
-    assert_unbiased(hutchinson_draws, exact_hessian.diagonal())
-
-
-def test_hutchinsons_variance_is_that_of_gaussian_directions(hutchinson_draws, exact_hessian):
-    """For u ~ N(0, I) the variance of u_i (H u)_i is 2 h_ii^2 + sum over j != i of h_ij^2."""
+        draws = [flat(hutchinson(loss_of(model, idx, targets), params, generator)) for _ in range(DRAWS)]
+    assert_unbiased(torch.stack(draws), exact_hessian.diagonal())
     expected = (exact_hessian**2).sum(dim=1) + exact_hessian.diagonal() ** 2
-    assert hutchinson_draws.var(dim=0).sum() / expected.sum() == pytest.approx(1, abs=0.1)
-
-
-def test_the_interval_notices_true_labels_in_place_of_sampled_ones(tiny, gauss_newton_draws):
-    model, params, idx, targets = tiny
-    empirical_fisher = idx.numel() * flat(torch.autograd.grad(model(idx, targets), params)) ** 2
-    with pytest.raises(AssertionError):
-        assert_unbiased(gauss_newton_draws, empirical_fisher)
+    assert torch.stack(draws).var(dim=0).sum() / expected.sum() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
-def test_a_generator_decides_the_draw_and_the_global_one_is_not_touched(tiny, estimator):
+def test_a_generator_alone_decides_the_draw(tiny, estimator):
+    """The global one is not touched, and checkpointed activations are the same."""
     model, params, idx, targets = tiny
 
     def draw(seed):
@@ -117,23 +101,12 @@ def test_a_generator_decides_the_draw_and_the_global_one_is_not_touched(tiny, es
             given = model(idx) if estimator is gauss_newton_bartlett else loss_of(model, idx, targets)
             return flat(estimator(given, params, torch.Generator().manual_seed(seed)))
 
-    before = torch.get_rng_state()
-    assert torch.equal(draw(3), draw(3))
-    assert not torch.equal(draw(3), draw(4))
+    before, first = torch.get_rng_state(), draw(3)
+    assert torch.equal(draw(3), first)
+    assert not torch.equal(draw(4), first)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
-def test_checkpointed_activations_give_the_same_estimate(tiny, estimator):
-    model, params, idx, targets = tiny
-
-    def draw(checkpointed):
-        model.h.checkpoint_activations = checkpointed
-        with sdpa_kernel(SDPBackend.MATH):
-            given = model(idx) if estimator is gauss_newton_bartlett else loss_of(model, idx, targets)
-            return flat(estimator(given, params, torch.Generator().manual_seed(3)))
-
-    assert torch.equal(draw(False), draw(True))
+    model.h.checkpoint_activations = True
+    assert torch.equal(draw(3), first)
     model.h.checkpoint_activations = False
 
 
@@ -166,6 +139,7 @@ def test_gauss_newton_bartlett_under_float16_autocast_is_near_float32():
 
 
 def test_the_logits_of_one_position_need_no_other_dimension_and_those_of_one_class_are_refused():
+    assert sample_labels(torch.randn(2, 3, 5)).shape == (2, 3)
     logits = torch.randn(5, requires_grad=True)
     (estimate,) = gauss_newton_bartlett(logits * 1.0, [logits], torch.Generator().manual_seed(0))
     label = sample_labels(logits.detach(), torch.Generator().manual_seed(0))
@@ -212,20 +186,10 @@ def test_labels_follow_the_softmax(name, logits):
     expected = n * logits.double().softmax(dim=-1)
     assert torch.all(counts[expected == 0] == 0)
     common = expected >= 5  # the chi-square law needs about five in a cell; the rest is one cell
-    cells = [counts[common], counts[~common].sum(dim=0, keepdim=True)]
-    laws = [expected[common], expected[~common].sum(dim=0, keepdim=True)]
-    cells, laws = torch.cat(cells), torch.cat(laws)
+    cells, laws = (torch.cat((x[common], x[~common].sum(dim=0, keepdim=True))) for x in (counts, expected))
     cells, laws = cells[laws > 0.5], laws[laws > 0.5]
     statistic = ((cells - laws) ** 2 / laws).sum().item()
-    if len(laws) > 1:
-        assert scipy.stats.chi2.sf(statistic, len(laws) - 1) > 1e-3
-    else:
-        assert cells.item() == n
-
-
-def test_labels_keep_the_shape_of_the_positions():
-    assert sample_labels(torch.randn(2, 3, 5)).shape == (2, 3)
-    assert sample_labels(torch.randn(5)).shape == ()
+    assert scipy.stats.chi2.sf(statistic, len(laws) - 1) > 1e-3 if len(laws) > 1 else cells.item() == n
 
 
 def test_the_default_dtype_does_not_change_the_labels():

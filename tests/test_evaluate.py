@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import shutil
 from statistics import fmean, stdev
 
 import pytest
@@ -114,23 +115,28 @@ class Rigged:
 
 
 @needs_harness
-def test_a_model_that_knows_the_answers_is_right_and_one_that_takes_the_first_is_as_right_as_chance(tasks):
+def test_accuracies_and_their_errors_are_means_over_prompts_and_count_each_example_once(tasks):
     found = evaluate.scores(Rigged(lambda r: float(r.idx == LABELS[task_of(r)](number_of(r)))), tasks, None)
     for entry in found.values():
         assert (entry["acc"], entry["acc_stderr"]) == (1, 0)
 
-    found = evaluate.scores(Rigged(lambda r: -r.idx), tasks, None)
-    errors = []
+    # the answer is the first for three of the prompts and the second for the others
+    prompts = {task.task_name for group in tasks.values() for task in list(group)[:3]}
+    found, errors = evaluate.scores(Rigged(lambda r: r.idx * (-1 if r.task_name in prompts else 1)), tasks, None), []
     for name, label in LABELS.items():
         right = [float(label(i) == 0) for i in ASKED]
+        wrong = [float(label(i) == len(set(map(label, ASKED))) - 1) for i in ASKED]
+        means = [(3 * first + 2 * last) / 5 for first, last in zip(right, wrong, strict=True)]
         entry = found[f"superglue_{name}"]
-        assert (entry["examples"], entry["acc"]) == (len(ASKED), pytest.approx(fmean(right)))
-        assert entry["acc_of_prompts"] == [pytest.approx(fmean(right))] * 5
-        assert entry["acc_stderr"] == pytest.approx(stdev(right) / math.sqrt(len(right)))
+        assert (entry["examples"], entry["acc"]) == (len(ASKED), pytest.approx(fmean(means)))
+        assert entry["acc_of_prompts"] == [pytest.approx(fmean(x)) for x in [right] * 3 + [wrong] * 2]
+        assert entry["acc_stderr"] == pytest.approx(stdev(means) / math.sqrt(len(means)))
         errors.append(entry["acc_stderr"])
     mean = found["superglue"]
     assert mean["acc"] == pytest.approx(fmean(found[f"superglue_{name}"]["acc"] for name in LABELS))
     assert mean["acc_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 4)
+    one = {"superglue_rte": tasks["superglue_rte"]}
+    assert "superglue" not in evaluate.scores(Rigged(lambda r: -r.idx), one, None)
 
 
 def number_of(request):
@@ -145,19 +151,6 @@ def subject(example):
 
 def task_of(request):
     return request.task_name.removeprefix("superglue_").split("::")[0]
-
-
-@needs_harness
-def test_the_error_of_a_mean_over_prompts_counts_each_example_once(tasks):
-    one = {"superglue_rte": tasks["superglue_rte"]}
-    prompts = [task.task_name for task in one["superglue_rte"]]
-    # the answer is the first for three of the prompts and the second for the others
-    found = evaluate.scores(Rigged(lambda r: r.idx * (-1 if r.task_name in prompts[:3] else 1)), one, None)
-    entry = found["superglue_rte"]
-    means = [3 / 5 if LABELS["rte"](i) == 0 else 2 / 5 for i in ASKED]
-    assert entry["acc"] == pytest.approx(fmean(means))
-    assert entry["acc_stderr"] == pytest.approx(stdev(means) / math.sqrt(len(means)))
-    assert "superglue" not in found
 
 
 @needs_harness
@@ -200,20 +193,21 @@ def test_without_the_harness_it_says_what_to_install(refused, call, monkeypatch)
 
 @needs_harness
 def test_evaluate_refuses_what_it_cannot_use(refused, call, train, superglue, tmp_path):
-    def line(model, **options):
+    train(run := tmp_path / "run", max_iters=1)
+    folder, other = tmp_path / "data" / "boolq", {"data": tmp_path / "data", "shots": 0}
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"question": "is it", "label": 1}\n')
+
+    def line(model=run, **options):
         flags = [f"--{name}={value}" for name, value in {"data": superglue, "device": "cpu", **options}.items()]
         return refused(lambda: call(evaluate, model, *flags))
 
     assert "no checkpoint in" in line(tmp_path)
-    train(run := tmp_path / "run", max_iters=1)
-    assert "'superglu' is not superglue and no task of the harness" in line(run, tasks="superglu")
-    assert "superglue_boolq has only 5 examples" in line(run, shots=5)
-    assert "the folder" in line(run, output=tmp_path / "nowhere" / "x.json")
-    folder = tmp_path / "data" / "boolq"
-    assert f"there is no {folder / 'train.jsonl'}" in line(run, data=tmp_path / "data")
-    folder.mkdir(parents=True)
-    for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text('{"question": "is it", "label": 1}\n')
-    assert "'passage' is undefined" in line(run, data=tmp_path / "data", shots=0)
+    assert "'superglu' is not superglue and no task of the harness" in line(tasks="superglu")
+    assert "superglue_boolq has only 5 examples" in line(shots=5)
+    assert "the folder" in line(output=tmp_path / "nowhere" / "x.json")
+    assert f"there is no {folder / 'validation.jsonl'}" in line(**other)
+    shutil.copyfile(folder / "train.jsonl", folder / "validation.jsonl")
+    assert "'passage' is undefined" in line(**other)
     (folder / "validation.jsonl").write_text("nonsense")
-    assert "superglue_boolq cannot be had" in line(run, data=tmp_path / "data")
+    assert "superglue_boolq cannot be had" in line(**other)

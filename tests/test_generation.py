@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sample
-from model import GPT, GPTConfig, KVCache, draw
+from model import GPT, GPTConfig, draw
 from run.settings import ROOT
 from tests.conftest import write_dataset
 
@@ -24,11 +24,6 @@ def model_with_preferences(**shape):
     for parameter in model.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     return model
-
-
-@pytest.fixture(params=[False, True], ids=["", "scaled"])
-def model(request):
-    return model_with_preferences(scale_attn_by_inverse_layer_idx=request.param)
 
 
 def uncached(model, prompt, count):
@@ -44,18 +39,9 @@ def uncached(model, prompt, count):
     return new
 
 
-def test_cached_logits_equal_uncached_ones(model):
-    idx, cache = torch.randint(64, (3, 16)), KVCache(16)
-    found = [model.hidden(idx[:, :5], cache)]
-    found += [model.hidden(idx[:, t : t + 1], cache) for t in range(5, 16)]
-    logits, expected = (hidden @ model.wte.weight.T for hidden in (torch.cat(found, dim=1), model.hidden(idx)))
-    assert expected.abs().max() > 1
-    assert (logits - expected).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("size", [16, 15, 1])
 def test_a_text_goes_on_as_without_a_cache_also_beyond_the_context(size):
-    model = model_with_preferences(block_size=size)
+    model = model_with_preferences(block_size=size, scale_attn_by_inverse_layer_idx=size == 15)
     for length in (1, 15, 16, 17, 40):
         prompt = torch.randint(64, (1, length))
         text = model.generate(prompt, 45, temperature=0)[0, length:].tolist()
@@ -63,13 +49,6 @@ def test_a_text_goes_on_as_without_a_cache_also_beyond_the_context(size):
         assert len(set(text)) > 5 or size == 1  # it depends on the context
         assert torch.equal(model.generate(prompt, 3)[:, :length], prompt)
     assert torch.equal(model.generate(prompt, 0), prompt)
-
-
-def test_generation_runs_under_autocast_and_in_bfloat16(model):
-    idx = torch.randint(64, (2, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.generate(idx, 20).shape == (2, 25)
-    assert model.bfloat16().generate(idx, 20).shape == (2, 25)
 
 
 # Drawing
@@ -100,27 +79,24 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_k, top_p):
     assert len(kept) == {1.0: 12, 1e-9: 1, 0: 1}.get(top_p, len(kept))
 
 
-def test_top_p_of_one_changes_nothing(model):
-    idx = torch.randint(64, (2, 5))
-    texts = [model.generate(idx, 20, generator=torch.Generator().manual_seed(1), **o) for o in ({}, {"top_p": 1.0})]
-    assert torch.equal(*texts)
-
-
 # sample.py
 
 
-def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tmp_path):
+def test_sample_continues_texts_as_the_seed_says_and_each_of_a_file_as_it_would_alone(train, call, tmp_path):
     train(tmp_path / "run", max_iters=3)
-    options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20, "--temperature", 0]
-    lines = ["12 squared is", "Grüße", " 7"]
+    options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20]
+    lines, rule = ["12 squared is", "Grüße", " 7"], "-" * 40
     (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n")
-    texts = call(*options, "--prompts", tmp_path / "lines.txt").split("\n" + "-" * 40 + "\n")
-    assert "".join(texts) == "".join(call(*options, "--start", line) for line in lines).replace("\n", "") + "\n"
-    drawn = ["--prompts", tmp_path / "lines.txt", "--temperature", 1, "--top_p", 0.9, "--num_samples", 2]
-    first = call(*options, *drawn)
-    assert first.count("-" * 40) == 5
-    assert first == call(*options, *drawn)
-    assert first != call(*options, *drawn, "--seed", 5)
+    prompts = [*options, "--prompts", tmp_path / "lines.txt"]
+    texts = call(*prompts, "--temperature", 0).split(f"\n{rule}\n")
+    for line, text in zip(lines, texts, strict=True):
+        alone = [call(*options, "--start", line, *drawn) for drawn in (["--temperature", 0], ["--top_k", 1])]
+        assert text.startswith(line) and alone == [text.rstrip("\n") + "\n"] * 2
+    drawn = [*prompts, "--top_p", 0.9, "--num_samples", 2]
+    first = call(*drawn)
+    assert first.count(rule) == 5
+    assert first == call(*drawn)
+    assert first != call(*drawn, "--seed", 5)
     assert call(*options, "--dtype", "bfloat16", "--start", lines[0]).startswith(lines[0])
 
 
@@ -139,17 +115,23 @@ def test_a_sample_stops_where_its_document_ends(train, call, tmp_path, monkeypat
     assert found == "hi<|endoftext|>hi<|endoftext|>hi\n"
 
 
-def test_sample_refuses_prompts_it_cannot_use(refused, call, train, tmp_path):
-    for share in (-0.1, 1.5, "nan"):
-        assert f"--top_p: {share} is not from 0 to 1" in refused(lambda share=share: call(sample, "--top_p", share))
-    two = ["--start", "a", "--interactive"]
-    assert "--dtype: invalid choice: 'int8'" in refused(lambda: call(sample, "--dtype", "int8"))
-    assert "--interactive: not allowed with argument --start" in refused(lambda: call(sample, *two))
-    train(tmp_path / "run", max_iters=1)
-    options = [sample, "--out_dir", tmp_path / "run", "--prompts"]
-    assert "nowhere.txt cannot be read" in refused(lambda: call(*options, "nowhere.txt"))
+def test_sample_refuses_what_it_cannot_use(refused, call, train, tmp_path):
+    train(run := tmp_path / "run", max_iters=1)
     (tmp_path / "blank.txt").write_text("\n \n")
-    assert "blank.txt has no line to continue" in refused(lambda: call(*options, tmp_path / "blank.txt"))
+    for options, complaint in {
+        (f"--out_dir={tmp_path}",): "no checkpoint in",
+        (f"--seed={2**70}",): f"--seed: {2**70} is not",
+        ("--num_samples=-1",): "--num_samples: -1 is not",
+        ("--temprature=1",): "unrecognized arguments: --temprature",
+        ("--top_p=1.5",): "--top_p: 1.5 is not from 0 to 1",
+        ("--top_p=nan",): "--top_p: nan is not from 0 to 1",
+        ("--dtype=int8",): "--dtype: invalid choice: 'int8'",
+        ("--start=a", "--interactive"): "--interactive: not allowed with argument --start",
+        (f"--out_dir={run}", "--start=FILE:nowhere.txt"): "nowhere.txt cannot be read",
+        (f"--out_dir={run}", "--prompts=nowhere.txt"): "nowhere.txt cannot be read",
+        (f"--out_dir={run}", f"--prompts={tmp_path / 'blank.txt'}"): "blank.txt has no line to continue",
+    }.items():
+        assert complaint in refused(lambda: call(sample, *options))  # noqa: B023
 
 
 def test_sample_talks_at_a_terminal(train, tmp_path):

@@ -1,11 +1,10 @@
-"""SophiaG, SophiaH and Lion as optimizers: their formulas against float64, and torch.optim's habits."""
+"""SophiaG, SophiaH and Lion as optimizers: torch.optim's habits (their formulas: test_replay.py)."""
 
 import copy
+import itertools
 import math
 import os
-import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,73 +14,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim import SGD, AdamW
 
 from lion import Lion
-from run.settings import Settings, complete
 from sophia import SophiaG, SophiaH
-from training.optimizers import betas, parameters
+from tests.conftest import needs_compiler
+from training.optimizers import parameters
 
 SHAPES = [(7, 5), (11,), (3, 2, 4)]
-
-
-def sophia_reference(theta, m, h, gradient, lr, beta1, rho, weight_decay, eps):
-    m = beta1 * m + (1 - beta1) * gradient
-    theta = theta - lr * weight_decay * theta
-    step = np.empty_like(theta)
-    for i in np.ndindex(theta.shape):  # coordinate by coordinate, as the paper writes it
-        step[i] = max(-1.0, min(1.0, m[i] / max(rho * h[i], eps)))
-    return theta - lr * step, m
-
-
-def lion_reference(theta, m, gradient, lr, beta1, beta2, weight_decay):
-    theta = theta - lr * weight_decay * theta
-    theta = theta - lr * np.sign(beta1 * m + (1 - beta1) * gradient)
-    return theta, beta2 * m + (1 - beta2) * gradient
-
-
-def problem(dtype=torch.float64):
-    """Parameters in two groups with and without weight decay, and gradients and curvatures for 50 steps."""
-    random = np.random.default_rng(0)
-    params = [torch.nn.Parameter(torch.tensor(random.normal(size=shape), dtype=dtype)) for shape in SHAPES]
-    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
-    gradients = [[random.normal(size=shape) for shape in SHAPES] for _ in range(50)]
-    # of both signs and of very different sizes, so that some coordinates are clipped and some are not
-    curvatures = [[random.normal(size=shape) * 10 ** random.uniform(-3, 3) for shape in SHAPES] for _ in range(50)]
-    return params, groups, gradients, curvatures
-
-
-def learning_rate(step):
-    return 1e-2 * (1 + math.cos(step / 20))
-
-
-def give_gradients(params, gradients):
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = torch.tensor(gradient, dtype=param.dtype)
-
-
-@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH])
-def test_sophia_matches_a_float64_reference_over_50_steps(optimizer_class):
-    params, groups, gradients, curvatures = problem()
-    optimizer = optimizer_class(groups, lr=1.0, betas=(0.9, 0.8), rho=0.3, weight_decay=0.2, eps=1e-12)
-    thetas = [param.detach().numpy().copy() for param in params]
-    ms = [np.zeros_like(theta) for theta in thetas]
-    hs = [np.zeros_like(theta) for theta in thetas]
-    unclipped = []
-    for step in range(50):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        if step % 10 == 0:
-            optimizer.update_hessian([torch.tensor(estimate) for estimate in curvatures[step]])
-            hs = [0.8 * h + (1 - 0.8) * estimate for h, estimate in zip(hs, curvatures[step], strict=True)]
-        give_gradients(params, gradients[step])
-        optimizer.step()
-        for i, decay in enumerate((0.2, 0.2, 0.0)):
-            thetas[i], ms[i] = sophia_reference(
-                thetas[i], ms[i], hs[i], gradients[step][i], learning_rate(step), 0.9, 0.3, decay, 1e-12
-            )
-            assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
-        inside = sum((np.abs(m) < 0.3 * h).sum() for m, h in zip(ms, hs, strict=True))
-        unclipped.append(inside / sum(theta.size for theta in thetas))
-        assert optimizer.unclipped_fraction() == unclipped[-1]
-    assert 0.05 < np.mean(unclipped) < 0.95  # both branches of the clip were taken
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,30 +66,6 @@ def test_the_unclipped_fraction_may_span_devices():
             optimizer.unclipped_fraction()
 
 
-def test_lion_matches_a_float64_reference_over_50_steps():
-    params, groups, gradients, _ = problem()
-    optimizer = Lion(groups, lr=1.0, betas=(0.9, 0.8), weight_decay=0.5)
-    thetas = [param.detach().numpy().copy() for param in params]
-    ms = [np.zeros_like(theta) for theta in thetas]
-    for step in range(50):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        give_gradients(params, gradients[step])
-        optimizer.step()
-        for i, decay in enumerate((0.5, 0.5, 0.0)):
-            thetas[i], ms[i] = lion_reference(
-                thetas[i], ms[i], gradients[step][i], learning_rate(step), 0.9, 0.8, decay
-            )
-            assert np.abs(params[i].detach().numpy() - thetas[i]).max() <= 1e-10
-
-
-def numbers_of(step, names):
-    """Of every kind that may change between steps."""
-    rate = learning_rate(step)
-    numbers = {"lr": rate, "betas": (0.8 + 5 * rate, 0.9 + rate), "rho": 1 + rate, "weight_decay": rate, "eps": rate}
-    return {name: number for name, number in numbers.items() if name in names}
-
-
 def test_the_defaults_are_the_papers():
     params, sophia = [torch.nn.Parameter(torch.ones(1))], {"lr": 6e-4, "betas": (0.96, 0.99), "weight_decay": 0.2}
     assert SophiaG(params).defaults == sophia | {"rho": 0.05, "eps": 1e-12}
@@ -160,21 +73,29 @@ def test_the_defaults_are_the_papers():
     assert Lion(params).defaults == {"lr": 1e-4, "betas": (0.95, 0.98), "weight_decay": 0.0}
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("optimizer_class", [SophiaG, Lion])
 def test_the_compiled_update_gives_the_same_float32_numbers_and_is_compiled_once(optimizer_class):
+    """Whatever numbers change between steps. Estimates are of both signs and of very different sizes."""
     torch.compiler.reset()
     runs = []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for compile, beginning in ((False, {}), (True, {"lr": 1.0, "betas": (0.0, 0.5)}), (True, {})):
-            params, groups, gradients, curvatures = problem(torch.float32)
+            random = torch.Generator().manual_seed(0)
+            params = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
+            groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
             optimizer = optimizer_class(groups, compile=compile, **beginning)
             for step in range(12):
+                rate = 1e-2 * (1 + math.cos(step / 20))
+                numbers = {"lr": rate, "betas": (0.8 + 5 * rate, 0.9 + rate), "rho": 1 + rate, "eps": rate}
+                numbers["weight_decay"] = rate
                 for group in optimizer.param_groups:
-                    group.update(numbers_of(step, optimizer.defaults))
+                    group.update({name: numbers[name] for name in optimizer.defaults})
                 if optimizer_class is SophiaG and step % 5 == 0:
-                    optimizer.update_hessian([torch.tensor(c, dtype=torch.float32) for c in curvatures[step]])
-                give_gradients(params, gradients[step])
+                    draws = [torch.randn(2, *shape, generator=random) for shape in SHAPES]
+                    optimizer.update_hessian([value * 10**size for value, size in draws])
+                for param in params:
+                    param.grad = torch.randn(param.shape, generator=random)
                 optimizer.step()
             runs.append(params)
     for plain, *compiled in zip(*runs, strict=True):
@@ -192,24 +113,15 @@ def backward(params):
 
 
 @pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
-def test_schedulers_closures_and_tensor_learning_rates_work(optimizer_class):
+def test_closures_and_tensor_learning_rates_work(optimizer_class):
     params, optimizer = quadratic(optimizer_class, lr=torch.tensor(0.01))
-    optimizer.param_groups[0]["lr"] = 0.01
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
     def closure():
         optimizer.zero_grad()
         backward(params)
         return torch.tensor(7.0)
 
-    for _ in range(100):
-        assert optimizer.step(closure) == 7.0
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    assert params[0].abs().max() < 1.7
-    params, optimizer = quadratic(optimizer_class, lr=torch.tensor(0.01))
-    backward(params)
-    optimizer.step()
+    assert optimizer.step(closure) == 7.0
     assert torch.allclose(params[0], torch.full((4,), 2.0 - 0.01), atol=0.005)
 
 
@@ -220,26 +132,21 @@ def test_state_round_trips_and_copies_go_on_alike(optimizer_class):
     if optimizer_class is not Lion:
         optimizer.update_hessian([param.detach() ** 2 for param in params])
     optimizer.step()
-    twin_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    twin = optimizer_class(twin_params, lr=0.5)
+    names = {"exp_avg"} if optimizer_class is Lion else {"exp_avg", "hessian"}
+    assert all(set(optimizer.state[param]) == names for param in params)
+    twin_params, twin = copy.deepcopy((params, optimizer_class(params, lr=0.5)))
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for these, stepper in ((params, optimizer), (twin_params, twin)):
+    for stepper in (optimizer, twin, copy.deepcopy(optimizer)):
         stepper.zero_grad()
-        backward(these)
+        backward(parameters(stepper))
         stepper.step()
     assert all(torch.equal(a, b) for a, b in zip(params, twin_params, strict=True))
-    names = {"exp_avg"} if optimizer_class is Lion else {"exp_avg", "hessian"}
-    for param in params:
-        assert set(optimizer.state[param]) == names
-        assert all(value.shape == param.shape for value in optimizer.state[param].values())
-    backward(params)
-    copy.deepcopy(optimizer).step()
 
 
 @pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
 def test_parameters_without_gradients_stay_and_new_groups_join(optimizer_class):
     params, optimizer = quadratic(optimizer_class, lr=0.01, weight_decay=0.1)
-    (params[0] ** 2).sum().backward()
+    backward(params[:1])
     optimizer.step()
     assert torch.all(params[1] == -1)
     assert params[1] not in optimizer.state
@@ -250,20 +157,18 @@ def test_parameters_without_gradients_stay_and_new_groups_join(optimizer_class):
     assert late.max() < 0.6
 
 
-@pytest.mark.parametrize("optimizer_class", [SophiaG, SophiaH, Lion])
+ALL = [{"lr": -1e-3}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1}, {"lr": math.nan}]
+SOPHIAS = [{"rho": -1.0}, {"eps": 0.0}]
+
+
 @pytest.mark.parametrize(
-    "bad", [{"lr": -1e-3}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1}, {"lr": math.nan}]
+    ("optimizer_class", "bad"),
+    [*itertools.product([SophiaG, SophiaH, Lion], ALL), *itertools.product([SophiaG], SOPHIAS)],
 )
-def test_bad_hyperparameters_are_refused_with_their_value(optimizer_class, bad):
-    with pytest.raises(ValueError, match="must be in"):
-        optimizer_class([torch.nn.Parameter(torch.ones(1))], **bad)
-
-
-@pytest.mark.parametrize("bad", [{"rho": -1.0}, {"eps": 0.0}])
-def test_bad_hyperparameters_of_sophia_are_refused_of_a_group_too(bad):
+def test_bad_hyperparameters_are_refused_also_of_a_group(optimizer_class, bad):
     with pytest.raises(ValueError, match="must be"):
-        SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
-    optimizer = SophiaG([torch.nn.Parameter(torch.ones(1))])
+        optimizer_class([torch.nn.Parameter(torch.ones(1))], **bad)
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="must be"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **bad})
 
@@ -358,19 +263,3 @@ def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError, match="estimate 1 is sparse"):  # as that of Embedding(…, sparse=True) is
         optimizer.update_hessian([params[0], params[1].detach().to_sparse()])
     assert not optimizer.state
-
-
-@pytest.mark.parametrize("interval", [1, 3])
-def test_with_bias_correction_the_hessian_is_the_papers_over_one_minus_beta2_to_the_number_of_estimates(interval):
-    settings = Settings(optimizer="sophiag", beta2=0.9, hessian_interval=interval, hessian_bias_correction=True)
-    plain, corrected = (
-        SophiaG([torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))], betas=(0.5, 0.9)) for _ in "12"
-    )
-    random = torch.Generator().manual_seed(0)
-    for number, step in enumerate(range(1, 90, interval), start=1):
-        estimate = torch.rand(5, dtype=torch.float64, generator=random)
-        corrected.param_groups[0]["betas"] = betas(complete(settings), step)
-        for optimizer in (plain, corrected):
-            optimizer.update_hessian([estimate])
-        (h,), (ours,) = ([state["hessian"] for state in each.state.values()] for each in (plain, corrected))
-        assert (ours - h / (1 - 0.9**number)).abs().max() < 1e-12

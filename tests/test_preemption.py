@@ -77,19 +77,16 @@ def test_a_signal_that_is_ignored_around_a_run_stays_so(train, tmp_path, signall
     assert train(tmp_path, max_iters=4)[-1]["step"] == 4
 
 
-def test_a_second_interrupt_does_not_wait(train, tmp_path, signalled):
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_interrupt_does_not_wait_but_under_torchrun_is_the_first_passed_on(
+    train, tmp_path, signalled, monkeypatch, torchrun
+):
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     signalled(7, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit if torchrun else KeyboardInterrupt):
         train(tmp_path)
-    assert last_checkpoint(tmp_path).name == "step_00000000"
-
-
-def test_under_torchrun_a_second_interrupt_is_the_first_passed_on(train, tmp_path, signalled, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    signalled(7, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path)
-    assert stop.value.code == 75
+    assert last_checkpoint(tmp_path).name == ("step_00000007" if torchrun else "step_00000000")
 
 
 def test_a_signal_in_the_last_step_finds_the_run_complete(train, tmp_path, signalled):

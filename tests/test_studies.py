@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from run.errors import UserError
 from run.settings import ROOT
-from studies import losses, parts, report
+from studies import losses, report
 from studies.__main__ import STUDIES
 from studies.claims import Claim, verdicts
 from studies.runs import Ledger, Plan, Result, Runner, fingerprints, name_of
@@ -134,13 +135,9 @@ runner([{settings!r}])
     (resumed,) = runner([settings])
     (undisturbed,) = new_runner(tmp_path / "other")([settings])
     assert resumed.curve == undisturbed.curve
-    (planned,) = Plan(Ledger(tmp_path / "none"))([settings])  # stands beside such runs when a part of them has ended
-    assert [step for step, _ in planned.curve] == [step for step, _ in resumed.curve]
 
 
 def test_a_run_that_fails_ends_the_study_and_names_its_folder(tiny, runner):
-    from run.errors import UserError
-
     with pytest.raises(UserError, match="exit code 2.*must be at least 1"):
         runner([tiny | {"log_interval": 0}])
 
@@ -161,12 +158,9 @@ def claim(mean, sd, n=5, **bounds):
 
 def test_a_95_percent_interval_holds_the_truth_95_times_in_100():
     random = np.random.default_rng(1)
-    held = [low <= 0.3 <= high for _ in range(2000) for _, low, high in [claim_of(random).interval()]]
+    intervals = [Claim("it", "", random.normal(0.3, 1.0, size=4)).interval() for _ in range(2000)]
+    held = [low <= 0.3 <= high for _, low, high in intervals]
     assert 0.935 < np.mean(held) < 0.965  # three standard errors
-
-
-def claim_of(random):
-    return Claim("it", "", random.normal(0.3, 1.0, size=4))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +232,10 @@ def test_the_studies_find_what_is_true_of_a_made_up_world(finished):
     assert answers["half Sophia-G"] == answers["half Sophia-H"] == "refuted"  # 0.05 is less than 0.06
     assert answers["size"] == answers["rho"] == answers["interval"] == "confirmed"
     assert answers["batch"] == answers["better Muon"] == answers["estimator"] == "undecided"
+    table = losses.speedups(report.Known(losses, ledger, SCALES["laptop"]).groups)
+    (row,) = [line for line in table.splitlines() if line.startswith("| Sophia-G |")]
+    ratios = [float(ratio) for ratio in re.findall(r"\d\.\d+", row)]
+    assert ratios == pytest.approx([1.8] * 5, abs=0.1)  # 0.05 of the 0.06 of twice the steps
 
 
 @pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if hasattr(study, "figure")])
@@ -250,36 +248,18 @@ def test_a_study_has_a_picture_with_its_losses(name, finished, tmp_path):
     assert sum(np.isclose(drawn, end).any() for end in ends) > len(ends) / 3
 
 
-def test_the_speed_up_over_adamw_is_read_off_its_ends_of_schedules(finished):
-    known = report.Known(losses, Ledger(finished / "runs.jsonl"), SCALES["laptop"])
-    row = next(line for line in losses.speedups(known.groups).splitlines() if line.startswith("| Sophia-G |"))
-    ratios = [float(ratio) for ratio in re.findall(r"\d\.\d+", row)]
-    assert ratios == pytest.approx([1.8] * 5, abs=0.1)  # 0.05 of the 0.06 of twice the steps
-
-
-def test_rho_is_called_harmless_only_where_the_unclipped_share_moves(finished):
-    known = report.Known(parts, Ledger(finished / "runs.jsonl"), SCALES["laptop"])
-    still = {
-        label: [dataclasses.replace(run, last=run.last | {"win_rate": 0.3}) for run in group]
-        for label, group in known.groups.items()
-    }
-    assert verdicts(parts.claims(still)[:1]) == {"rho": "undecided"}
-
-
 def test_the_plan_of_all_studies_has_each_run_once_and_its_hours(dataset, tmp_path):
-    laptop = SCALES["laptop"]
-    scale = dataclasses.replace(laptop, base=laptop.base | {"dataset": str(dataset)})
-    ledger = Ledger(tmp_path / "runs.jsonl")
-    plan = Plan(ledger)
+    scale = dataclasses.replace(SCALES["laptop"], base=SCALES["laptop"].base | {"dataset": str(dataset)})
+    plan = Plan(ledger := Ledger(tmp_path / "runs.jsonl"))
     for study in STUDIES.values():
         study.groups(plan, scale)
     assert len(plan.wanted) == len(plan.missing) > len(scale.axes) * (24 + 6 + 5)
     assert plan.tokens() > len(plan.missing) * 10**6
     assert plan.hours(1) is None
-    name = next(iter(plan.missing))
-    ledger.add(dataclasses.replace(plan([plan.missing[name]])[0], last={"flops": 1e12, "seconds": 3600.0}))
-    assert plan.hours(1) == pytest.approx(2 * plan.hours(2))
+    (ended,) = plan([next(iter(plan.missing.values()))])
+    ledger.add(dataclasses.replace(ended, last={"flops": 1e12, "seconds": 3600.0}))
     assert 1e5 < plan.hours(1) * 1e12 / plan.tokens() < 1e7  # operations a token
+    assert plan.hours(1) == pytest.approx(2 * plan.hours(2))
 
 
 def test_the_report_says_how_far_a_study_is_until_all_its_runs_have_ended(finished, tmp_path):
@@ -296,19 +276,12 @@ def test_the_report_says_how_far_a_study_is_until_all_its_runs_have_ended(finish
 
 def test_the_published_report_is_that_of_the_published_runs():
     """Its numbers agree to their last digit, give or take one, as rounding may differ between processors."""
-    number = re.compile(r"\d+\.\d+")
-    published, anew = (
-        (ROOT / "studies" / "results" / "REPORT.md").read_text(),
-        report.text(STUDIES, ROOT / "studies" / "results"),
-    )
+    number, folder = re.compile(r"\d+\.\d+"), ROOT / "studies" / "results"
+    published, anew = (folder / "REPORT.md").read_text(), report.text(STUDIES, folder)
     assert number.sub("#", published) == number.sub("#", anew)
     for left, right in zip(number.findall(published), number.findall(anew), strict=True):
         assert abs(float(left) - float(right)) < 1.01 * 10.0 ** -len(left.partition(".")[2])
-
-
-def test_published_runs_with_one_seed_share_their_weights_and_batches():
     shared = {}
-    for result in Ledger(ROOT / "studies" / "results" / "runs.jsonl").results.values():
-        s = result.settings
-        key = s["seed"], s["n_embd"], s["batch_size"], s["max_iters"]
-        assert shared.setdefault(key, result.fingerprints) == result.fingerprints
+    for result in Ledger(folder / "runs.jsonl").results.values():  # runs with one seed share weights and batches
+        key = [result.settings[name] for name in ("seed", "n_embd", "batch_size", "max_iters")]
+        assert shared.setdefault(tuple(key), result.fingerprints) == result.fingerprints

@@ -3,11 +3,11 @@
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
 import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,16 +20,12 @@ from run import errors
 from run.machine import Machine
 from run.ranks import Ranks
 from run.settings import read
-from tests.conftest import OPTIMIZERS, last_checkpoint, listing, same_weights, write_dataset
+from tests.conftest import last_checkpoint, listing, needs_compiler, same_weights, write_dataset
 from training import metrics
 from training.checkpoints import Progress
 from training.meter import Meter, StepResult
 
-
-def initial_model(seed=1337):
-    """The model that the `train` fixture starts from."""
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(16, 256, 2, 2, 16))
+DISASTER = {"learning_rate": 1e38, "min_lr": 0.0, "grad_clip": 0.0}
 
 
 def losses(rows):
@@ -37,12 +33,6 @@ def losses(rows):
 
 
 # What a run computes
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_micro_batch_changes_nothing_but_rounding(train, tmp_path, optimizer):
-    one, eight = (train(tmp_path / str(n), **OPTIMIZERS[optimizer], micro_batch_size=n) for n in (1, 8))
-    assert np.abs(np.subtract(losses(one), losses(eight))).max() < 1e-5
 
 
 def test_evaluation_and_logging_do_not_change_the_run(train, tmp_path):
@@ -53,12 +43,6 @@ def test_evaluation_and_logging_do_not_change_the_run(train, tmp_path):
     assert [row["step"] for row in rarely] == [0, 7, 14, 20]
     assert often[14]["train/loss"] == rarely[2]["train/loss"]
     assert 0 < often[14]["clip_rate"] == rarely[2]["clip_rate"] < 1
-
-
-def test_the_seed_decides_the_run(train, tmp_path):
-    a, b, c = (train(tmp_path / x, seed=seed, max_iters=3) for x, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert losses(a) == losses(b) != losses(c)
-    assert a[0]["val/loss"] == b[0]["val/loss"] != c[0]["val/loss"]  # of the initial weights
 
 
 def test_dropout_masks_do_not_depend_on_curvature(train, tmp_path):
@@ -74,25 +58,12 @@ def test_dropout_is_for_training_alone(train, tmp_path):
         assert one["step"] == 0 or one["train/loss"] != other["train/loss"]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@needs_compiler
 def test_bfloat16_and_compile_agree_with_plain_float32(train, tmp_path):
     options = {"optimizer": "sophiag", "max_iters": 10, "n_layer": 1}
     plain = losses(train(tmp_path / "plain", **options))
     fast = losses(train(tmp_path / "fast", **options, dtype="bfloat16", compile=True))
     assert 0 < np.abs(np.subtract(plain, fast)).max() < 1e-3 < 0.03 < plain[0] - plain[-1]
-
-
-def test_gpt2_weights_can_be_trained_on(train, refuses, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_positions=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    rows = train(tmp_path / "run", init_from=tmp_path / "gpt2", max_iters=5)
-    assert rows[-1]["step"] == 5
-    again = {"out_dir": tmp_path / "run", "init_from": "resume"}
-    assert train(**again, max_iters=6)[-1]["step"] == 6
-    refuses("block_size = 8, but the checkpoint", **again, max_iters=7, block_size=8)
-    write_dataset(tmp_path / "large", range(300), range(300), vocab_size=300)
-    refuses("has 257 tokens", init_from=tmp_path / "gpt2", dataset=tmp_path / "large")
 
 
 # What its records say
@@ -137,7 +108,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_ranks_and_data_wait_that_of_a_rows_
 
 def test_floating_point_operations_count_the_estimates(train, tmp_path):
     """One of 4 sequences at steps 1 and 6, beside 8 sequences a step; Hutchinson's costs 8/3 of training on them."""
-    token = initial_model().flops_per_token()
+    token = GPT(GPTConfig(16, 256, 2, 2, 16)).flops_per_token()
     for optimizer, passes in {"lion": 0, "sophiag": 1, "sophiah": 8 / 3}.items():
         rows = train(tmp_path / optimizer, optimizer=optimizer, max_iters=6)
         assert rows[0]["flops"] == 0
@@ -145,159 +116,98 @@ def test_floating_point_operations_count_the_estimates(train, tmp_path):
         assert rows[6]["flops"] == pytest.approx(16 * (6 * 8 + 2 * 4 * passes) * token)
 
 
-class FakeWandb(types.ModuleType):
-    """Stands in for the module and for the run that its `init` returns, and notes their calls."""
-
-    errors = types.SimpleNamespace(Error=ConnectionError)
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.runs, self.rows, self.exit_codes, self.summaries = [], [], [], {}
-
-    def init(self, **options):
-        self.runs.append(options)
-        return self
-
-    def define_metric(self, name, summary):
-        self.summaries[name] = summary
-
-    def log(self, row, step):
-        assert row["step"] == step
-        self.rows.append(row)
-
-    def finish(self, exit_code):
-        self.exit_codes.append(exit_code)
+def fake_wandb(monkeypatch):
+    """Stands in for the module and for the run that its `init` returns."""
+    wandb = MagicMock()
+    wandb.init.return_value, wandb.errors.Error = wandb, ConnectionError
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
 
-@pytest.fixture
-def wandb(monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
-def test_wandb_gets_the_rows_of_a_run_and_of_its_resumption_under_one_id(train, tmp_path, wandb):
-    train(tmp_path, wandb_log=True, max_iters=3, wandb_project="a project")
-    rows = train(tmp_path, wandb_log=True, max_iters=5, init_from="resume")
-    assert wandb.rows == rows
-    first, second = wandb.runs
+def test_wandb_gets_the_rows_of_a_run_and_of_its_resumption_under_one_id(train, tmp_path, monkeypatch):
+    wandb, options = fake_wandb(monkeypatch), {"wandb_log": True, "wandb_project": "a project"}
+    train(tmp_path, **options, max_iters=3)
+    rows = train(tmp_path, **options, max_iters=5, init_from="resume")
+    assert [call.args[0] for call in wandb.log.call_args_list] == rows
+    assert [call.kwargs for call in wandb.log.call_args_list] == [{"step": row["step"]} for row in rows]
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"]["max_iters"]) == ("a project", tmp_path.name, 3)
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
-    assert wandb.exit_codes == [0, 0]
     assert first["config"]["commit"] == metrics.commit()
-    assert "min" in wandb.summaries["val/loss"]
+    assert "min" in wandb.define_metric.call_args.kwargs["summary"]
+    with pytest.raises(errors.Diverged):
+        train(tmp_path, **options, max_iters=20, init_from="resume", **DISASTER)
+    assert [call.kwargs["exit_code"] for call in wandb.finish.call_args_list] == [0, 0, 1]
+    wandb.init.side_effect = ConnectionError("no key\nis set")
+    with pytest.raises(errors.UserError, match="^wandb: no key; log in, or set WANDB_MODE=offline$"):
+        train(tmp_path / "other", **options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, tmp_path):
+    train(tmp_path, max_iters=10)
+    with pytest.raises(errors.Diverged, match=r"is (nan|inf).*at step 1[1-9].*step_00000010"):
+        train(tmp_path, init_from="resume", log_interval=4, **DISASTER)
+    assert last_checkpoint(tmp_path).name == "step_00000010"
+    assert all(torch.isfinite(w).all() for w in load_file(last_checkpoint(tmp_path) / "model.safetensors").values())
 
 
 def test_a_commit_is_said_with_changes_and_nothing_is_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "ROOT", tmp_path)
     assert metrics.commit() is None
-
-    def git(*command):
-        identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.com"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
     assert re.fullmatch("[0-9a-f]{40}", clean := metrics.commit())
     (tmp_path / "file").write_text("two")
+    subprocess.run([*git, "add", "file"], check=True)
     assert metrics.commit() == f"{clean}-dirty"
 
 
-def test_a_run_ends_with_a_line_that_says_where_everything_is(train, tmp_path, capsys):
-    train(tmp_path, max_iters=2)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"done: {tmp_path} has checkpoints/, metrics.jsonl and settings.json")
-
-
-def test_wandb_hears_of_a_run_that_failed_and_its_own_error_is_one_line(train, tmp_path, wandb, monkeypatch):
-    with pytest.raises(errors.Diverged):
-        train(tmp_path / "failed", wandb_log=True, learning_rate=1e38, min_lr=0.0, grad_clip=0.0)
-    assert wandb.exit_codes == [1]
-
-    def fail(**_):
-        raise ConnectionError("no key\nis set")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(errors.UserError, match="^wandb: no key; log in, or set WANDB_MODE=offline$"):
-        train(tmp_path / "run", wandb_log=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, tmp_path):
-    train(tmp_path, max_iters=10)
-    disaster = {"learning_rate": 1e38, "min_lr": 0.0, "grad_clip": 0.0, "log_interval": 4}
-    with pytest.raises(errors.Diverged, match=r"is (nan|inf).*at step 1[1-9].*step_00000010"):
-        train(tmp_path, init_from="resume", max_iters=20, **disaster)
-    assert last_checkpoint(tmp_path).name == "step_00000010"
-    assert all(torch.isfinite(w).all() for w in load_file(last_checkpoint(tmp_path) / "model.safetensors").values())
-
-
-def test_eval_only_writes_nothing(train, tmp_path, capsys):
+def test_a_complete_run_stays_as_it_is_and_eval_only_writes_nothing(train, tmp_path, capsys):
     train(tmp_path / "run", max_iters=10)
+    assert f"done: {tmp_path / 'run'} has checkpoints/, metrics.jsonl and settings" in capsys.readouterr().err
     before = listing(tmp_path / "run")
-    capsys.readouterr()
+    train(tmp_path / "run", max_iters=5, init_from="resume")
+    assert "is complete" in capsys.readouterr().err
     train(tmp_path / "run", init_from="resume", eval_only=True)
     assert "validation loss" in capsys.readouterr().err
-    assert before == listing(tmp_path / "run")
+    assert listing(tmp_path / "run") == before
     train(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_complete_run_stays_as_it_is(train, tmp_path, capsys):
-    train(tmp_path, max_iters=10)
-    before = listing(tmp_path)
-    train(tmp_path, max_iters=5, init_from="resume")
-    assert "is complete" in capsys.readouterr().err
-    assert listing(tmp_path) == before
-
-
-def test_a_last_row_that_was_cut_off_is_written_anew(train, tmp_path):
-    train(tmp_path, max_iters=10)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 11, "tokens"')
-    assert [row["step"] for row in train(tmp_path, max_iters=12, init_from="resume")] == list(range(13))
-
-
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew(train, tmp_path):
+def test_rows_that_were_cut_off_or_are_of_before_the_first_checkpoint_are_written_anew(train, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
     assert [row["step"] for row in train(tmp_path, max_iters=2)] == [0, 1, 2]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tokens"')
+    assert [row["step"] for row in train(tmp_path, max_iters=4, init_from="resume")] == [0, 1, 2, 3, 4]
 
 
 # What is refused, before anything is written (settings: test_settings.py)
 
 
-@pytest.mark.parametrize(
-    ("train_tokens", "val_tokens", "complaint"),
-    [
+def test_refuses_data_that_cannot_be_trained_on(refuses, tmp_path):
+    for train_tokens, val_tokens, complaint in (
         (range(200), range(16), "val.bin has 16 tokens, fewer than one block of block_size + 1 = 17"),
         ([], range(100), "train.bin has 0 tokens"),
         ([*range(200), 256], range(100), "token id 256, beyond the vocabulary of 256"),
-    ],
-)
-def test_refuses_data_that_cannot_be_trained_on(refuses, tmp_path, train_tokens, val_tokens, complaint):
-    write_dataset(tmp_path / "data", train_tokens, val_tokens)
-    refuses(complaint, dataset=tmp_path / "data")
-
-
-def test_refuses_an_odd_number_of_bytes(refuses, tmp_path):
-    write_dataset(tmp_path / "odd", range(200), range(100))
-    with open(tmp_path / "odd" / "train.bin", "ab") as file:
+    ):
+        write_dataset(tmp_path / "data", train_tokens, val_tokens)
+        refuses(complaint, dataset=tmp_path / "data")
+    with open(tmp_path / "data" / "train.bin", "ab") as file:
         file.write(b"x")
-    refuses("odd number of bytes", dataset=tmp_path / "odd")
-
-
-@pytest.mark.parametrize(
-    "meta",
-    ["{", "[]", '{"tokenizer": "bytes"}', '{"tokenizer": "x", "vocab_size": 5}',
-     '{"tokenizer": "bytes", "vocab_size": 1e99}', '{"tokenizer": [], "vocab_size": 5}',
-     '{"tokenizer": "gpt2", "vocab_size": 1500}', '{"tokenizer": "bytes", "vocab_size": 50257}'],
-)  # fmt: skip
-def test_refuses_a_bad_meta_file(refuses, tmp_path, meta):
+    refuses("odd number of bytes", dataset=tmp_path / "data")
     write_dataset(tmp_path / "data", range(200), range(100))
-    (tmp_path / "data" / "meta.json").write_text(meta)
-    refuses("meta.json", dataset=tmp_path / "data")
+    for meta in (
+        "{", "[]", '{"tokenizer": "bytes"}', '{"tokenizer": "x", "vocab_size": 5}',
+        '{"tokenizer": "bytes", "vocab_size": 1e99}', '{"tokenizer": [], "vocab_size": 5}',
+        '{"tokenizer": "gpt2", "vocab_size": 1500}', '{"tokenizer": "bytes", "vocab_size": 50257}',
+    ):  # fmt: skip
+        (tmp_path / "data" / "meta.json").write_text(meta)
+        refuses("meta.json", dataset=tmp_path / "data")
+    refuses("python data/openwebtext/prepare.py", dataset="there-is-no-such-data-set")
 
 
 def test_assumes_gpt2s_vocabulary_without_a_meta_file(train, tmp_path, capsys):
@@ -308,10 +218,6 @@ def test_assumes_gpt2s_vocabulary_without_a_meta_file(train, tmp_path, capsys):
     assert load_file(last_checkpoint(tmp_path / "out") / "model.safetensors")["wte.weight"].shape[0] == 50304
 
 
-def test_a_missing_data_set_names_the_command_that_makes_it(refuses):
-    refuses("python data/openwebtext/prepare.py", dataset="there-is-no-such-data-set")
-
-
 def test_refuses_to_overwrite_a_run_or_to_go_on_with_what_is_not_its_own(train, refuses, tmp_path):
     write_dataset(tmp_path / "a", range(200), range(100))
     write_dataset(tmp_path / "b", range(200), range(1, 101))
@@ -319,7 +225,8 @@ def test_refuses_to_overwrite_a_run_or_to_go_on_with_what_is_not_its_own(train, 
     train(tmp_path / "run", max_iters=1, dataset=tmp_path / "a")
     refuses("holds a run already", out_dir=tmp_path / "run")
     again = {"out_dir": tmp_path / "run", "init_from": "resume", "max_iters": 2, "dataset": tmp_path / "a"}
-    refuses("n_layer = 3, but the checkpoint", **again, n_layer=3)
+    for name, value in {"n_layer": 3, "block_size": 8}.items():
+        refuses(f"{name} = {value}, but the checkpoint", **again, **{name: value})
     refuses("was trained with 'adamw'", **again, optimizer="lion")
     refuses("is not the one that", **again | {"dataset": tmp_path / "b"})
 
@@ -330,15 +237,10 @@ def test_refuses_cuda_where_there_is_none(refuses):
     refuses("must be auto, cpu, cuda, cuda:N or mps", device="gpu")
 
 
-def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch, tmp_path):
+def test_refuses_weights_that_cannot_be_had(refuses, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     places = "must be a folder, a ckpt.pt file or a hub name (or, to train, 'scratch', 'resume' or 'auto')"
     for name in ("gpt2-none", "somebody/none", "scrach", "not/a/name"):
         refuses(f"init_from = '{name}': {places}; the hub did not give it", init_from=name)
-    (tmp_path / "model.safetensors").write_bytes(b"x")
-    shape = {"n_positions": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 1}
-    for config in ("[]", json.dumps(shape), json.dumps(shape | {"model_type": "gpt2"})):
-        (tmp_path / "config.json").write_text(config)
-        refuses("cannot be loaded: ", init_from=tmp_path)

@@ -107,10 +107,6 @@ class Graph:
                 live -= sizes[storage] * (not names[storage])
         return peak
 
-    def peak_bytes(self) -> int:
-        """The most that its buffers take at a time, without its inputs."""
-        return self.simulate({name: name for name in self.inputs}, dict.fromkeys(self.inputs, 0))
-
 
 def read_graph(lowering: Any) -> Graph:
     """Generate the source of a `torch._inductor.graph.GraphLowering`."""

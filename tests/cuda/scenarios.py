@@ -147,47 +147,48 @@ class SameThread:
 
 
 def checks() -> dict[str, Any]:
-    """What the device says of small programs about which it is known, and of PASSES."""
+    """Small programs about which it is known what the device has to say; then `passes` of PASSES."""
     with fake_cuda.Gpu() as gpu:
-        found = {"waits": check_waits(gpu), "graphs": check_graphs(gpu), "mib": check_memory(gpu), "passes": {}}
+        check_waits(gpu)
+        check_graphs(gpu)
+        check_memory(gpu)
+    found = {}
     for name, options in PASSES.items():
         torch.compiler.reset()
-        found["passes"][name] = passes(read(options))
+        found[name] = passes(read(options))
     return found
 
 
-def check_waits(gpu: fake_cuda.Gpu) -> dict[str, int]:
-    """How often each of these waits."""
+def check_waits(gpu: fake_cuda.Gpu) -> None:
+    """Whether each of these waits, or is an error."""
     x, host, pinned = torch.ones(4, device="cuda"), torch.ones(4), torch.ones(4).pin_memory()
-    programs = {
-        "item": lambda: x.sum().item(),
-        "bool": lambda: bool((x > 0).all()),
-        "tolist": lambda: x.tolist(),
-        "cpu": lambda: x.cpu(),
-        "cpu, non_blocking": lambda: x.to("cpu", non_blocking=True),
-        "copy_ to the host": lambda: host.copy_(x),
-        "copy_ to pinned memory, non_blocking": lambda: pinned.copy_(x, non_blocking=True),
-        "from the host": lambda: host.to("cuda"),
-        "from the host, non_blocking": lambda: host.to("cuda", non_blocking=True),
-        "from pinned memory": lambda: pinned.to("cuda"),
-        "from pinned memory, non_blocking": lambda: pinned.to("cuda", non_blocking=True),
-        "made on the device": lambda: torch.zeros(4, device="cuda") + x * 2,
-        "torch.tensor": lambda: torch.tensor([1, 2], device="cuda"),
-        "nonzero": lambda: (x > 0).nonzero(),
-        "host and device": lambda: x + host,
-    }
-    counts = {}
-    for name, program in programs.items():
+    for program, expected in (
+        (lambda: x.sum().item(), True),
+        (lambda: bool((x > 0).all()), True),
+        (lambda: x.tolist(), True),
+        (lambda: x.cpu(), True),
+        (lambda: x.to("cpu", non_blocking=True), False),
+        (lambda: host.copy_(x), True),
+        (lambda: pinned.copy_(x, non_blocking=True), False),
+        (lambda: host.to("cuda"), True),
+        (lambda: host.to("cuda", non_blocking=True), True),
+        (lambda: pinned.to("cuda"), True),
+        (lambda: pinned.to("cuda", non_blocking=True), False),
+        (lambda: torch.zeros(4, device="cuda") + x * 2, False),
+        (lambda: torch.tensor([1, 2], device="cuda"), True),
+        (lambda: (x > 0).nonzero(), "DynamicOutputShapeException"),
+        (lambda: x + host, "FakeTensorDeviceMismatchError"),
+    ):
         gpu.waits = []
         try:
             program()
-            counts[name] = len(gpu.waits)
+            found = bool(gpu.waits)
         except Exception as error:
-            counts[name] = type(error).__name__
-    return counts
+            found = type(error).__name__
+        assert found == expected, (program.__code__.co_firstlineno, found)
 
 
-def check_graphs(gpu: fake_cuda.Gpu) -> dict[str, Any]:
+def check_graphs(gpu: fake_cuda.Gpu) -> None:
     """A function that breaks its graph, and is called with two shapes."""
 
     def broken(x: torch.Tensor) -> torch.Tensor:
@@ -197,21 +198,15 @@ def check_graphs(gpu: fake_cuda.Gpu) -> dict[str, Any]:
 
     counters.clear()
     compiled = torch.compile(broken, dynamic=False)
-    steps = []
-    for gpu.step, count in enumerate((4, 4, 8)):
+    for gpu.step, (count, graphs) in enumerate(((4, 2), (4, 2), (8, 4))):
         compiled(torch.ones(count, device="cuda"))
-        steps.append(len(gpu.graphs))
-    return {
-        "after each call": steps,
-        "step of the last": gpu.graphs[-1].step,
-        "breaks": counters["graph_break"].total(),
-    }
+        assert len(gpu.graphs) == graphs  # before and after the break, for each shape
+    assert gpu.graphs[-1].step == 2
+    assert counters["graph_break"].total() > 0
 
 
-def check_memory(gpu: fake_cuda.Gpu) -> dict[str, Any]:
-    """MiB that two programs on tensors of 1 MiB take at most, forward and backward, their own in- and outputs included;
-    and MiB that their kernels move.
-    """
+def check_memory(gpu: fake_cuda.Gpu) -> None:
+    """Two programs on tensors of 1 MiB."""
     weight = torch.ones(512, 512, device="cuda", requires_grad=True)
 
     def pointwise(x: torch.Tensor) -> torch.Tensor:
@@ -220,20 +215,25 @@ def check_memory(gpu: fake_cuda.Gpu) -> dict[str, Any]:
     def products(x: torch.Tensor) -> torch.Tensor:
         return x @ weight @ weight @ weight
 
-    mib = {}
-    for function in (pointwise, products):
-        for mode, called in (("eager", function), ("compiled", torch.compile(function, dynamic=False))):
-            x, gradient = (torch.ones(512, 512, device="cuda", requires_grad=True) for _ in range(2))
-            weight.grad = None
-            with gpu.measuring() as forward:
-                y = called(x)
-            with gpu.measuring() as backward:
-                y.backward(gradient)
-            moved = forward.bytes_moved + backward.bytes_moved
-            bytes_ = (forward.peak_bytes, backward.peak_bytes, gpu.live_bytes, moved)
-            mib[f"{function.__name__}, {mode}"] = [x / 2**20 for x in bytes_]
-            del x, y, gradient
-    return mib
+    def mib(called: Callable) -> list[float]:
+        """Forward and backward at most, in the end, and moved by kernels."""
+        x, gradient = (torch.ones(512, 512, device="cuda", requires_grad=True) for _ in range(2))
+        weight.grad = None
+        with gpu.measuring() as forward:
+            y = called(x)
+        with gpu.measuring() as backward:
+            y.backward(gradient)
+        moved = forward.bytes_moved + backward.bytes_moved
+        return [x / 2**20 for x in (forward.peak_bytes, backward.peak_bytes, gpu.live_bytes, moved)]
+
+    # weight, x and the gradient of y are there throughout. Eager: exp, sin and their difference, or the result.
+    forward, _, end, _ = mib(pointwise)
+    assert (forward, end) == (3 + 3, 5)  # y and the gradient of x are left
+    # compiled: y; the gradient of x; one kernel reads x, another one x, y and the gradient of y
+    assert mib(torch.compile(pointwise, dynamic=False)) == [3 + 1, 3 + 2, 5, 2 + 4]
+    # two products and y are kept for the backward pass, and let go one by one, where two gradients need room
+    assert mib(products)[0] == 3 + 3
+    assert mib(torch.compile(products, dynamic=False))[:3] == [3 + 3, 3 + 3 + 2, 3 + 1 + 2]  # left: y, two gradients
 
 
 SCENARIOS = {

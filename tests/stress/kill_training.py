@@ -29,26 +29,22 @@ class Job:
 
     def __init__(self, out_dir: Path, ranks: int, settings: list[str]):
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=1000"]
-        start = [sys.executable, "-m", *launcher] if ranks > 1 else [sys.executable]
-        self.command = [*start, "train.py", *settings, f"--out_dir={out_dir}", "--init_from=auto"]
+        begin = [sys.executable, "-m", *launcher] if ranks > 1 else [sys.executable]
+        self.command = [*begin, "train.py", *settings, f"--out_dir={out_dir}", "--init_from=auto"]
         self.out_dir, self.ranks, self.log = out_dir, ranks, out_dir.with_suffix(".log")
-        self.process: subprocess.Popen | None = None
+        self.start()
 
     def start(self) -> None:
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-
-    def runs(self) -> bool:
-        return self.process.poll() is None
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
     def workers(self) -> list[int]:
-        """The processes that train."""
-        if self.ranks == 1:
-            return [self.process.pid] if self.runs() else []
+        """The processes that train; none when the job has ended."""
+        if self.process.poll() is not None:
+            return []
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in children.read_text().split()] if self.runs() else []
+        return [self.process.pid] if self.ranks == 1 else [int(pid) for pid in children.read_text().split()]
 
     def is_writing(self) -> bool:
         return any((self.out_dir / "checkpoints").glob("*.tmp"))
@@ -58,7 +54,7 @@ class Job:
         one was being written; None where the job had ended before.
         """
         end = time.monotonic() + moment
-        while self.runs() and (time.monotonic() < end or (in_writing and not self.is_writing())):
+        while self.process.poll() is None and (time.monotonic() < end or (in_writing and not self.is_writing())):
             time.sleep(0.0005)
         workers = self.workers()
         if not workers:
@@ -70,39 +66,34 @@ class Job:
             self.start()
         return writing
 
-    def finish(self) -> None:
+    def finish(self) -> list[int]:
+        """Wait for its end; returns the steps of its rows."""
         assert self.process.wait(timeout=300) == 0, self.log.read_text()
+        return [row["step"] for row in rows_of(self.out_dir)]
 
 
-def run_with_kills(folder: Path, kills: int, ranks: int = 1, more: list[str] = (), seed: int = 0) -> tuple[int, int]:
+def run_with_kills(folder: Path, kills: int, ranks: int, more: list[str], seed: int) -> tuple[int, int]:
     """Returns how many runs ended as the undisturbed one, and how many of the kills fell into writing a checkpoint.
     AssertionError where a run failed or ended with other weights.
     """
     settings = [*arguments(**SETTINGS, dataset=text_dataset(folder / "data")), *more]
-    undisturbed = Job(folder / "undisturbed", ranks, settings)
     started = time.monotonic()
-    undisturbed.start()
-    undisturbed.finish()
+    undisturbed = Job(folder / "undisturbed", ranks, settings)
+    steps = undisturbed.finish()
     seconds = time.monotonic() - started
     chance = random.Random(seed)
     left, runs, in_writing = kills, 0, 0
     while left:
         job = Job(folder / f"run{runs}", ranks, settings)
-        job.start()
         for _ in range(min(left, KILLS_A_RUN)):
             writing = job.kill(chance.uniform(0, seconds), chance.random() < 0.5, chance)
             if writing is None:
                 break
             left, in_writing = left - 1, in_writing + writing
-        job.finish()
+        assert job.finish() == steps, job.out_dir
         assert same_weights(last_checkpoint(job.out_dir), last_checkpoint(undisturbed.out_dir)), job.out_dir
-        assert steps(job.out_dir) == steps(undisturbed.out_dir), job.out_dir
         runs += 1
     return runs, in_writing
-
-
-def steps(out_dir: Path) -> list[int]:
-    return [row["step"] for row in rows_of(out_dir)]
 
 
 if __name__ == "__main__":

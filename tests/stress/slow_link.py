@@ -3,25 +3,19 @@
     python -m tests.stress.slow_link --rate 1gbit [--checkout DIR …]
 
 The ranks live in two network namespaces of this machine, with a virtual cable between them that `tc` slows down. Needs
-root. Each checkout's train.py is timed over the slow link and over the open one, in alternation; then a profile shows
-when, in a backward pass of this checkout, the buckets leave.
+root. Each checkout's train.py is timed over the slow link and over the open one, in alternation: what is hidden of the
+exchange is missing in the difference.
 """
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from run import ranks
 from run.settings import ROOT
-from tests.conftest import arguments, text_dataset
-from tests.stress.two_hosts import CABLE, PORT, Host, two_hosts
+from tests.conftest import arguments, rows_of, text_dataset
+from tests.stress.two_hosts import CABLE, Host, two_hosts
 
 # Nearly all weights are in the blocks: the gradient of a tied embedding is complete last and cannot hide.
 SETTINGS = {
@@ -29,7 +23,6 @@ SETTINGS = {
     "max_iters": 12, "eval_interval": 100, "eval_sequences": 8, "log_interval": 1, "warmup_iters": 2, "device": "cpu",
 }  # fmt: skip
 WARM_UP = 4  # steps
-PROFILED_STEP = 8
 
 
 def set_rate(hosts: list[Host], rate: str) -> None:
@@ -41,47 +34,15 @@ def set_rate(hosts: list[Host], rate: str) -> None:
             subprocess.run([*tc, "add", "dev", CABLE, "root", *bucket], check=True)
 
 
-def train_on_both(hosts: list[Host], script: list[str], out_dir: Path, settings: list[str]) -> list[float]:
-    """Seconds of each step after the warm-up. `script` is what torchrun starts."""
-    processes, logs = [], []
-    for host in hosts:
-        meeting = [f"--master_addr={hosts[0].address}", f"--master_port={PORT}", f"--node_rank={host.number}"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meeting]
-        logs.append(out_dir.with_suffix(f".{host.number}.log"))
-        processes.append(host.start([*command, *script, *settings, f"--out_dir={out_dir}"], logs[-1]))
+def train_on_both(hosts: list[Host], checkout: Path, out_dir: Path, settings: list[str]) -> list[float]:
+    """Seconds of each step after the warm-up."""
+    logs = [out_dir.with_suffix(f".{host.number}.log") for host in hosts]
+    command = [str(checkout / "train.py"), *settings, f"--out_dir={out_dir}"]
+    processes = [host.torchrun(command, log) for host, log in zip(hosts, logs, strict=True)]
     codes = [process.wait(timeout=600) for process in processes]
-    output = "\n".join(log.read_text() for log in logs)
-    assert codes == [0, 0], output
-    print(*(line for line in output.splitlines() if line.startswith("profile: ")), sep="\n", end="", flush=True)
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
     tokens = SETTINGS["batch_size"] * SETTINGS["block_size"]
-    return [tokens / row["tokens_per_second"] for row in rows if row["step"] > WARM_UP]
-
-
-def profiled_main() -> None:
-    """train.py's main; rank 0 profiles the gradient of one step and prints when its buckets left."""
-    import train
-
-    correct = train.accumulate_gradients
-
-    def accumulate_gradients(step: int, *others: object) -> torch.Tensor:
-        if step != PROFILED_STEP or os.environ["RANK"] != "0":
-            return correct(step, *others)
-        with torch.profiler.profile(record_shapes=True) as profile:
-            loss = correct(step, *others)
-        events = sorted(profile.events(), key=lambda event: event.time_range.start)
-        passes = [event for event in events if event.name.startswith("autograd::engine::evaluate_function")]
-        start, end = passes[0].time_range.start, max(event.time_range.end for event in passes)
-        print(f"profile: the backward pass takes {(end - start) / 1000:.0f} ms")
-        for event in events:
-            if event.name == "gloo:all_reduce" and event.time_range.end > start:
-                left, back = ((moment - start) / 1000 for moment in (event.time_range.start, event.time_range.end))
-                print(f"profile: a bucket of {event.input_shapes} leaves after {left:.0f} ms, is back after {back:.0f}")
-        return loss
-
-    train.accumulate_gradients = accumulate_gradients
-    train.main()
-    ranks.leave(0)
+    return [tokens / row["tokens_per_second"] for row in rows_of(out_dir) if row["step"] > WARM_UP]
 
 
 def main() -> None:
@@ -99,13 +60,11 @@ def main() -> None:
                 for rate in ("open", options.rate):
                     set_rate(hosts, rate)
                     out_dir = scratch / f"{checkout.resolve().name}-{rate}-{number}"
-                    script = [str(checkout.resolve() / "train.py")]
-                    seconds.setdefault((checkout, rate), []).extend(train_on_both(hosts, script, out_dir, settings))
+                    taken = train_on_both(hosts, checkout.resolve(), out_dir, settings)
+                    seconds.setdefault((checkout, rate), []).extend(taken)
         for (checkout, rate), values in seconds.items():
             print(f"{checkout}: {statistics.median(values):.3f} s a step, link: {rate}")
-        set_rate(hosts, options.rate)
-        train_on_both(hosts, ["-m", "tests.stress.slow_link"], scratch / "profiled", settings)
 
 
 if __name__ == "__main__":
-    profiled_main() if "RANK" in os.environ else main()
+    main()

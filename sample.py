@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokenizers import Tokenizer
+from data.tokenizers import TOKENIZERS, Tokenizer
+from model import GPT
 from run import errors
 from run.machine import find_device
-from training.pretrained import load_model
+from training.checkpoints import find
+from training.pretrained import load, tokenizer_of
 
 RULE = "\n" + "-" * 40  # between texts
 
@@ -90,6 +92,21 @@ def main() -> None:
             if number:
                 print(RULE)
             write(start, continued(encode(start)), tokenizer)
+
+
+def load_model(out_dir: Path | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
+    """A trained model to use, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
+    `training.pretrained.load` reads, or else the checkpoint that `out_dir` names. UserError where there is none.
+    """
+    if init_from is not None:
+        model, name = load(init_from), init_from
+        tokenizer = tokenizer_of(init_from, model.config.vocab_size)
+    else:
+        checkpoint = find(out_dir)
+        model, name = GPT(checkpoint.config), str(checkpoint.folder)
+        checkpoint.load_model(model)
+        tokenizer = TOKENIZERS[checkpoint.tokenizer]
+    return model.eval(), tokenizer, name
 
 
 def until_the_end(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[Tensor]:

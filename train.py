@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from data.token_files import TokenData, open_data
 from model import GPT
-from run import errors, randomness, ranks
+from run.errors import Diverged, Unbreakable, run
 from run.machine import Machine, set_up
+from run.randomness import seed_dropout
+from run.ranks import environment, leave
 from run.settings import Settings, read
 from run.signals import EXIT_CODE, StopSignals
 from training.batches import Batches, check_batch
@@ -25,8 +27,7 @@ from training.curvature import Curvature
 from training.meter import Meter, StepResult
 from training.metrics import Metrics
 from training.optimizers import Optimizer, betas, learning_rate, make_optimizer, parameters
-from training.parallel import form_buckets, wrap
-from training.start import RunFolder, as_used, check_same_job, describe, make_model, resume
+from training.start import RunFolder, as_used, check_same_job, describe, form_buckets, make_model, resume, wrap
 
 
 def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature) -> StepResult:
@@ -49,7 +50,7 @@ def accumulate_gradients(step: int, model: nn.Module, batches: Batches) -> Tenso
     """
     settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
-        randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
+        seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
         model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP exchanges the last one's sum
@@ -81,7 +82,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
 def main() -> None:
     # What can be refused early is refused before anything is allocated or written.
     settings = read(sys.argv[1:])
-    rank, count = ranks.environment()
+    rank, count = environment()
     check_batch(settings, count)
     data = open_data(settings.dataset, settings.block_size)
     with RunFolder(settings) as folder:
@@ -89,9 +90,9 @@ def main() -> None:
         machine = set_up(settings)
         try:
             train(settings, data, folder, machine, checkpoint)
-        except errors.Diverged as error:
+        except Diverged as error:
             advice = "try a lower learning_rate or, with Sophia, a higher rho"
-            raise errors.Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
+            raise Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
 
 
 def train(
@@ -159,9 +160,9 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = errors.Unbreakable(sys.stdout), errors.Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
-        errors.run(main)
-        ranks.leave(0)
+        run(main)
+        leave(0)
     except SystemExit as stop:
-        ranks.leave(stop.code)
+        leave(stop.code)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from data.tokenizers import GPT2, KNOWN, TOKENIZERS, fits
-from run import randomness
 from run.errors import RankError, UserError
 from run.files import read_json
+from run.randomness import DATA, stream
 from run.settings import ROOT
 
 CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
@@ -54,7 +54,7 @@ class TokenData:
 
     def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> Tensor:
         """Sequences `start` to `stop` of the `batch_size` of a step. They depend on (seed, step) and the data alone."""
-        random = np.random.default_rng(randomness.stream(seed, randomness.DATA, step))
+        random = np.random.default_rng(stream(seed, DATA, step))
         starts = random.integers(0, len(self.train) - self.block_size, size=batch_size)
         return self._rows(self.train, starts[start:stop])
 

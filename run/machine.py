@@ -16,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
-from run import ranks
 from run.errors import RankError, UserError
-from run.ranks import Ranks
+from run.ranks import Ranks, environment, join
 from run.settings import Settings
 
 # TFLOP/s of dense bfloat16 products with float32 sums, by model. Sources: NVIDIA's data sheets (half of what they give
@@ -76,7 +75,7 @@ def find_device(name: str) -> torch.device:
         )
     if device.type != "cuda":
         return device
-    if device.index is not None and ranks.environment()[1] > 1:
+    if device.index is not None and environment()[1] > 1:
         raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
     index = int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index
     if index >= (count := torch.cuda.device_count()):
@@ -144,7 +143,7 @@ def set_up(settings: Settings) -> Machine:
         device=device,
         dtype=dtype,
         compile=settings.compile and has_compiler(device),
-        ranks=ranks.join(device, settings.backend, settings.timeout),
+        ranks=join(device, settings.backend, settings.timeout),
         plain_attention=plain_attention,
     )
     if settings.compile and not machine.compile:

@@ -20,13 +20,13 @@ from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from plot import read_curves
 from run.files import write_json
+from sample import load_model
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
 from tools import evaluate, export
 from tools.hugging_face import tokenizer_files, write_weights
 from training import pretrained
-from training.pretrained import load_model
 
 SHAPES = {"30m": (6, 6), "small": (12, 12), "medium": (24, 16), "540m": (30, 18), "large": (36, 20)}  # layers, heads
 TINY = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
@@ -353,7 +353,7 @@ def test_a_run_is_exported_and_sampled_from(train, call, refused, tmp_path):
     assert f"A GPT-2 with {parameters:,} parameters, trained from `scratch` on {3 * 8 * 16} tokens of" in card
 
     model, tokenizer = hugging_face(folder), hugging_face(folder, "AutoTokenizer")
-    ours, byte, name = load_model(str(tmp_path / "run"), None)
+    ours, byte, name = load_model(tmp_path / "run", None)
     assert (byte.name, name) == ("bytes", str(tmp_path / "run" / "checkpoints" / "step_00000003"))
     tokens = torch.tensor([tokenizer.encode("12 squared")])
     with torch.no_grad():
@@ -405,7 +405,7 @@ def test_a_checkpoint_is_sampled_from_exported_and_evaluated_as_a_run_is(train, 
     assert text != call(sample, "--out_dir", tmp_path / "run", *start)
     monkeypatch.chdir(folder)
     for source in (".", shutil.copytree(folder, tmp_path / "best")):
-        model, _, name = load_model(str(source), None)
+        model, _, name = load_model(Path(source), None)
         assert Path(name) == Path(source).resolve()
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     shutil.copytree(folder, tmp_path / "step_00000002")

@@ -37,8 +37,7 @@ from train import accumulate_gradients, update
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.optimizers import make_optimizer, parameters
-from training.parallel import wrap
-from training.start import make_model, shape_of
+from training.start import make_model, shape_of, wrap
 
 WARM_UP = 3  # rounds before those that count
 PAPER_BATCH = 480  # sequences of a step

@@ -19,8 +19,8 @@ from run import errors
 from run.files import write_json
 from run.machine import find_device
 from run.settings import ROOT
+from sample import load_model
 from tools.export import write_model
-from training.pretrained import load_model
 
 TASKS = ROOT / "tools" / "tasks"
 SUPERGLUE = [f"superglue_{name}" for name in ("boolq", "cb", "copa", "rte")]
@@ -70,7 +70,7 @@ def main() -> None:
 def export(model: str, folder: Path) -> str:
     """Write a run's, a checkpoint's or another program's model for the harness. Returns what its weights are called."""
     is_run = Path(model).is_dir() and not (Path(model) / "config.json").is_file()
-    network, tokenizer, weights = load_model(model if is_run else None, None if is_run else model)
+    network, tokenizer, weights = load_model(Path(model), None if is_run else model)
     folder.mkdir()
     write_model(network, tokenizer, folder)
     return weights

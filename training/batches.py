@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data.token_files import TokenData, chunks, pairs
-from run import randomness
 from run.machine import Machine
+from run.randomness import LABELS, torch_seed
 from run.settings import Settings, require_multiple
 
 
@@ -73,7 +73,7 @@ class Batches:
 
     def label_uniforms(self, step: int) -> Tensor:
         """The random numbers, (2, hessian_batch_size, block_size), that draw the labels of update `step`."""
-        generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
+        generator = torch.Generator().manual_seed(torch_seed(self.settings.seed, LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
         return self._pinned(torch.rand(shape, generator=generator)).to(self.machine.device, non_blocking=True)
 

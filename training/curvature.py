@@ -5,8 +5,8 @@ from torch import Tensor
 
 from head import ChunkLoss, mean_in_chunks
 from model import GPT
-from run import randomness
 from run.machine import Machine
+from run.randomness import CURVATURE_DROPOUT, DIRECTIONS, seed_dropout, torch_seed
 from run.settings import Settings
 from sophia import labels_from_uniforms, normal_like
 from training.batches import Batches
@@ -42,7 +42,7 @@ class Curvature:
         if settings.optimizer == "sophiah":
             return self._hutchinson(step, params)
         if settings.dropout > 0:
-            randomness.seed_dropout(settings.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
+            seed_dropout(settings.seed, step, self.machine.ranks.rank, CURVATURE_DROPOUT)
         if settings.hessian_estimator == "averaged":
             return self._averaged_gauss_newton_bartlett(step, params)
         return self._gauss_newton_bartlett(step, params)
@@ -87,7 +87,7 @@ class Curvature:
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """u * (H u), with one u for all sequences (the paper's algorithm 1)."""
         settings, product = self.settings, self._hessian_product
-        seed = randomness.torch_seed(settings.seed, randomness.DIRECTIONS, step)
+        seed = torch_seed(settings.seed, DIRECTIONS, step)
         directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
         for direction in directions:  # rank 0's, as GPUs of another kind draw other numbers
             self.machine.ranks.broadcast(direction)

@@ -17,7 +17,6 @@ from data.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
 from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json
-from training import checkpoints
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
@@ -43,36 +42,20 @@ def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GP
         raise BadWeights(f"{source!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def load_with_tokenizer(source: str, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """The model as `load` gives it and its tokenizer, by the entries of tokenizer.json, or without one by its size.
+def tokenizer_of(source: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of these weights, by the entries of tokenizer.json, or without one by the size of the vocabulary.
     Raises BadWeights, also for another tokenizer than the project's.
     """
     path = local(source)
-    model = load(str(path), block_size, dropout)
-    vocab_size, file = model.config.vocab_size, (path.parent if path.is_file() else path) / "tokenizer.json"
+    file = (path.parent if path.is_file() else path) / "tokenizer.json"
     try:
         entries = json.loads(file.read_bytes())["model"]["vocab"].items() if file.is_file() else LANDMARKS.values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadWeights(f"{file} is damaged, or no tokenizer of byte pairs") from None
     for name, tokenizer in TOKENIZERS.items():
         if fits(tokenizer, vocab_size) and LANDMARKS[name] in entries:
-            return model, tokenizer
+            return tokenizer
     raise BadWeights(f"{source} has a vocabulary of {vocab_size} tokens that is unknown here: must be {KNOWN}")
-
-
-def load_model(out_dir: str | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
-    """A trained model to use, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
-    `load` reads, or else the checkpoint that `out_dir` names. UserError where there is none.
-    """
-    if init_from is not None:
-        model, tokenizer = load_with_tokenizer(init_from)
-        name = init_from
-    else:
-        checkpoint = checkpoints.find(Path(out_dir or "out"))
-        model, name = GPT(checkpoint.config), str(checkpoint.folder)
-        checkpoint.load_model(model)
-        tokenizer = TOKENIZERS[checkpoint.tokenizer]
-    return model.eval(), tokenizer, name
 
 
 def local(source: str) -> Path:
@@ -97,10 +80,8 @@ def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         shape = {name: int(value) for name, value in checkpoint["model_args"].items()}
         weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in checkpoint["model"].items()}
     except Exception:  # the wrong bytes can break torch.load anywhere, and its advice is to trust the file
-        why = (
-            "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers (nothing in it was run)"
-        )
-        raise ValueError(f"{why}; of a pytorch_model.bin name the folder") from None
+        why = "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers"
+        raise ValueError(f"{why} (nothing in it was run); of a pytorch_model.bin name the folder") from None
     # Sophia's code, which knows of scaled attention, has GPT-2's GELU
     return shape | {"exact_gelu": "scale_attn_by_inverse_layer_idx" not in shape}, weights
 

@@ -20,6 +20,7 @@ from data.tokenizers import TOKENIZERS, Tokenizer
 from model import GPT
 from run import errors
 from run.machine import find_device
+from run.options import Parser, between
 from training.checkpoints import find
 from training.pretrained import load, tokenizer_of
 
@@ -27,34 +28,23 @@ RULE = "\n" + "-" * 40  # between texts
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
-    source = parser.add_mutually_exclusive_group()
+    parser = Parser(__doc__)
+    source, prompt = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    add = parser.add_argument
     source.add_argument("--out_dir", type=Path, default="out", help="folder of a run (newest checkpoint) or checkpoint")
     source.add_argument("--init_from", type=os.path.expanduser, help="weights: a hub name, a folder or a ckpt.pt file")
-    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
     prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
-    parser.add_argument("--num_samples", type=errors.between(1), default=1, help="texts a prompt (default %(default)s)")
-    parser.add_argument(
-        "--max_new_tokens", type=errors.between(1), default=500, help="most tokens a text (default %(default)s)"
-    )
-    parser.add_argument("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
-    parser.add_argument(
-        "--temperature", type=errors.between(0, kind=float), default=0.8, help="0: always the likeliest token"
-    )
-    parser.add_argument("--top_k", type=errors.between(1), help="sample from the k likeliest tokens only")
-    parser.add_argument(
-        "--top_p",
-        type=errors.between(0, 1, float),
-        default=1.0,
-        help="sample from the likeliest that reach this share only",
-    )
-    parser.add_argument(
-        "--seed", type=errors.between(0), default=1337, help="same seed, same text (default %(default)s)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
+    add("--num_samples", type=between(1), default=1, help="texts a prompt (default %(default)s)")
+    add("--max_new_tokens", type=between(1), default=500, help="most tokens a text (default %(default)s)")
+    add("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
+    add("--temperature", type=between(0, kind=float), default=0.8, help="0: always the likeliest token")
+    add("--top_k", type=between(1), help="sample from the k likeliest tokens only")
+    add("--top_p", type=between(0, 1, float), default=1.0, help="sample from the likeliest that reach this share only")
+    add("--seed", type=between(0), default=1337, help="same seed, same text (default %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
     options = parser.parse_args()
 
     device = find_device(options.device)

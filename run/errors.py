@@ -1,12 +1,10 @@
 """Errors that are the user's to mend: one clear line and an exit code, never a traceback. And those of the machine."""
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -31,29 +29,6 @@ class Unwritten(UserError):  # a checkpoint that the run cannot do without could
 
 class Diverged(UserError):  # the loss or the gradient is no longer a finite number
     exit_code = 3
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser with one-line complaints and Paths that may begin with ~. `text` is the script's docstring."""
-
-    def __init__(self, text: str | None):
-        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.register("type", Path, lambda path: Path(os.path.expanduser(path)))  # bash leaves --option=~ as it is
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def between(least: int, most: int = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
-    """Converts an option's text to a number, for Parser.add_argument(type=…)."""
-
-    def convert(text: str) -> float:
-        number = kind(text)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return number
-
-    return convert
 
 
 class Unbreakable:

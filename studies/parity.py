@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from data.token_files import open_data
 from run import errors
 from run.machine import Machine, set_up
+from run.options import Parser
 from run.settings import OPTIMIZER_DEFAULTS, Settings, read
 from sophia import labels_from_uniforms
 from studies import peers
@@ -34,7 +35,7 @@ SHOWN = (1, 3, 10, 30, 100)  # the steps whose losses are printed
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", required=True, help="what to compare with")
     options, arguments = parser.parse_known_args()
     settings = read(arguments)

@@ -31,6 +31,7 @@ from data.tokenizers import GPT2
 from model import GPT
 from run import errors
 from run.machine import Machine, set_up
+from run.options import Parser, between
 from run.settings import Settings, complete, read
 from studies import peers
 from train import accumulate_gradients, update
@@ -250,9 +251,9 @@ def cpu_lines() -> list[str]:
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("benchmark", choices=["train", "curvature", "sample"])
-    parser.add_argument("--rounds", type=errors.between(1), default=10, help="rounds that are timed (default 10)")
+    parser.add_argument("--rounds", type=between(1), default=10, help="rounds that are timed (default 10)")
     parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", default=[], help="what to compare with")
     parser.add_argument("--json", action="store_true", help="print the result on one line")
     options, arguments = parser.parse_known_args()

@@ -18,6 +18,7 @@ from typing import Any
 from run import errors
 from run.files import write_json
 from run.machine import find_device
+from run.options import Parser, between
 from run.settings import ROOT
 from sample import load_model
 from tools.export import write_model
@@ -29,19 +30,16 @@ Tasks = dict[str, list]  # by the task's name the harness's tasks, one for each 
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, GPT-2 weights' folder or hub name")
-    parser.add_argument("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
-    parser.add_argument(
-        "--shots", type=errors.between(0), default=2, help="solved examples shown (default %(default)s)"
-    )
-    parser.add_argument("--limit", type=errors.between(1), help="examples a task, the first ones, for a quick look")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="SuperGLUE's files, instead of the hub's")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument(
-        "--batch_size", type=errors.between(1), default=16, help="texts a forward pass (default %(default)s)"
-    )
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="run, checkpoint, GPT-2 weights' folder or hub name")
+    add("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
+    add("--shots", type=between(0), default=2, help="solved examples shown (default %(default)s)")
+    add("--limit", type=between(1), help="examples a task, the first ones, for a quick look")
+    add("--data", type=Path, metavar="FOLDER", help="SuperGLUE's files, instead of the hub's")
+    add("-o", "--output", type=Path, help="JSON file to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--batch_size", type=between(1), default=16, help="texts a forward pass (default %(default)s)")
     options = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("lm_eval is not installed: pip install -r tools/requirements.txt")

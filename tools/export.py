@@ -16,6 +16,7 @@ from model import GPT
 from plot import picture, read_curves
 from run import errors
 from run.files import write_json
+from run.options import Parser
 from run.settings import Settings
 from tools.hugging_face import tokenizer_files, write_weights
 from training import checkpoints, metrics
@@ -49,7 +50,7 @@ A GPT-2 with {parameters:,} parameters, trained from `{init_from}` on {tokens:,}
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="run or checkpoint (default %(default)s)")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder to write")
     options = parser.parse_args()

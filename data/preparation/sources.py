@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from data.preparation.writer import Source, TextBatch, write_data_set
 from data.tokenizers import TOKENIZERS
-from run.errors import Parser, UserError
+from run.errors import UserError
+from run.options import Parser
 from run.settings import ROOT
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}

@@ -120,7 +120,7 @@ def train(
         folder.begin(checkpoint, settings)
     with (
         Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
-        CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,
+        CheckpointWriter(folder.path, model, optimizer, settings, data, machine.ranks) as writer,
         StopSignals(machine.ranks, machine.note) as signals,
     ):
         form_buckets(parallel, machine, (settings.micro_batch_size, settings.block_size))

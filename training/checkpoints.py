@@ -68,12 +68,9 @@ class Checkpoint:
         """The optimizer's state, as <parameter>/<name of the state>; empty before the first update."""
         state, optimizer = self._tensors("optimizer.safetensors"), self.settings["optimizer"]
         params = dict(model.named_parameters()) if self.progress.step else {}
-        parts = {path.rpartition("/"): tensor.shape for path, tensor in state.items()}  # (parameter, "/", state)
-        fits = all(
-            key in STATE[optimizer] and name in params and shape in ((), params[name].shape)
-            for (name, _, key), shape in parts.items()
-        )
-        if not fits or {name for name, _, _ in parts} != params.keys():
+        shapes = {f"{name}/{key}": ((), param.shape) for name, param in params.items() for key in STATE[optimizer]}
+        fits = all(tensor.shape in shapes.get(path, ()) for path, tensor in state.items())
+        if not fits or {path.rpartition("/")[0] for path in state} != params.keys():
             raise Damaged(f"{self.folder} is damaged: its optimizer state is not that of {optimizer}")
         return state
 
@@ -119,10 +116,10 @@ def newest(out_dir: Path) -> Checkpoint:
             checkpoint = read(folder)
         except Damaged as error:
             complaints.append(str(error))
-            continue
-        for complaint in complaints:
-            warn(f"{complaint}: taking {folder.name}")
-        return checkpoint
+        else:
+            for complaint in complaints:
+                warn(f"{complaint}: taking {folder.name}")
+            return checkpoint
     raise UserError(f"{complaints[0]}; there is no other whole checkpoint in {out_dir}")
 
 
@@ -165,9 +162,8 @@ def refuse_other_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settin
     before = dataclasses.asdict(checkpoint.config) | {"optimizer": checkpoint.settings["optimizer"]}
     for name, value in now.items():
         if value != before[name] and name != "dropout":
-            raise UserError(
-                f"{name} = {value!r}, but the checkpoint {checkpoint.folder} was trained with {before[name]!r}"
-            )
+            what = f"the checkpoint {checkpoint.folder} was trained with {before[name]!r}"
+            raise UserError(f"{name} = {value!r}, but {what}")
     if checkpoint.data != data.fingerprint():
         raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
 

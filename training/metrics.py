@@ -51,9 +51,7 @@ class Metrics:
         except OSError as error:
             if not self.complained:
                 warn(f"{self.path} cannot be written to: {error.strerror}; the run goes on and keeps its rows")
-            self.complained = True
-        else:
-            self.complained = False
+        self.complained = bool(self.unwritten)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -75,8 +73,7 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off is left out, any other bad line is a UserError."""
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -63,16 +63,11 @@ def find_device(name: str) -> torch.device:
     """The device a `device` setting means on this machine; UserError where there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", name):
         raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise UserError(
-            f"device = {name!r}: this machine has no {device.type.upper()} device; use --device=auto or --device=cpu"
-        )
+        raise UserError(f"device = {name!r}: this machine has no {device.type.upper()} device; use auto or cpu")
     if device.type != "cuda":
         return device
     if device.index is not None and environment()[1] > 1:

@@ -47,8 +47,6 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. The hosts ask each other, and wait for no device."""
-        if self.world_size == 1:
-            return flag
         flags = torch.tensor([int(flag)])
         self.all_reduce([flags])
         return bool(flags)

@@ -22,15 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "SophiaG",
-    "SophiaH",
-    "gauss_newton_bartlett",
-    "hutchinson",
-    "labels_from_uniforms",
-    "sample_labels",
-]
-
 
 class _Sophia(torch.optim.Optimizer):
     def __init__(self, params, lr, betas, rho, weight_decay, eps, compile):
@@ -105,22 +96,13 @@ class _Sophia(torch.optim.Optimizer):
     @torch.no_grad()
     def unclipped_fraction(self) -> float:
         """The share of coordinates with |m| < rho * h, whose last update was not clipped. Waits for the device."""
-        unclipped, total = 0, 0
+        counts, total = [], 0
         for group in self.param_groups:
-            states = [self.state[param] for param in group["params"] if param in self.state]
-            if not states:
-                continue
-            excess = torch._foreach_abs([state["exp_avg"] for state in states])  # then |m| - rho * h, then -1 or 0
-            torch._foreach_add_(excess, [state["hessian"] for state in states], alpha=-group["rho"])
-            torch._foreach_sign_(excess)
-            torch._foreach_clamp_max_(excess, 0)
-            device = excess[0].device
-            wide = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
-            counts = [count.to(device) for count in torch._foreach_norm(excess, 1, dtype=wide)]
-            count = torch.stack(counts).sum()
-            unclipped += count.full_tensor() if is_sharded(count) else count
-            total += sum(each.numel() for each in excess)
-        return float(unclipped) / max(total, 1)
+            for state in (self.state[param] for param in group["params"] if param in self.state):
+                count = (state["exp_avg"].abs() < group["rho"] * state["hessian"]).sum()
+                counts.append(count.full_tensor() if is_sharded(count) else count)
+                total += state["exp_avg"].numel()
+        return float(sum(count.to(counts[0].device) for count in counts)) / max(total, 1)
 
 
 class SophiaG(_Sophia):
@@ -139,9 +121,7 @@ class SophiaG(_Sophia):
 
 
 class SophiaH(_Sophia):
-    """Sophia with Hutchinson's estimator: pair it with `hutchinson`. Arguments as for SophiaG.
-    Source: arXiv 2305.14342, algorithms 1 and 3.
-    """
+    """Sophia with Hutchinson's estimator, `hutchinson`: algorithms 1 and 3. Arguments as for SophiaG."""
 
     def __init__(self, params, lr=6e-4, betas=(0.96, 0.99), rho=0.01, weight_decay=0.2, eps=1e-12, *, compile=False):
         super().__init__(params, lr, betas, rho, weight_decay, eps, compile)

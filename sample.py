@@ -8,6 +8,7 @@ python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C sto
 
 import codecs
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +24,6 @@ from run.machine import find_device
 from run.options import Parser, between
 from training.checkpoints import find
 from training.pretrained import load, tokenizer_of
-
-RULE = "\n" + "-" * 40  # between texts
 
 
 def main() -> None:
@@ -59,29 +58,26 @@ def main() -> None:
             raise errors.UserError(f"a token is beyond the model's vocabulary of {model.config.vocab_size}")
         return tokens
 
-    def continued(prompt: list[int], texts: int = 1) -> Iterator[Tensor]:
-        """The tokens (texts, 1) that follow a prompt, until all texts have ended."""
-        idx = torch.tensor([prompt] * texts, device=device)
+    def continued(prompt: list[int]) -> Iterator[Tensor]:
+        """The tokens (1, 1) that follow a prompt."""
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        tokens = model.stream(idx, *limits, generator)
-        return tokens if options.ignore_eos else until_the_end(tokens, tokenizer)
+        tokens = model.stream(torch.tensor([prompt], device=device), *limits, generator)
+        if options.ignore_eos:
+            return tokens
+        return itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens)
 
     if options.interactive:
         interact(lambda text: write(text, continued(encode(text)), tokenizer))
-    elif options.prompts:
+        return
+    texts = [start]
+    if options.prompts:
         texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
         if not texts:
             raise errors.UserError(f"--prompts: {options.prompts} has no line to continue")
-        written = []
-        for text in texts:
-            rows = torch.cat(list(continued(encode(text), options.num_samples)), dim=1).tolist()
-            written += [text + tokenizer.decode_bytes(row).decode(errors="replace") for row in rows]
-        print(f"{RULE}\n".join(written))
-    else:
-        for number in range(options.num_samples):
-            if number:
-                print(RULE)
-            write(start, continued(encode(start)), tokenizer)
+    for number, (text, _) in enumerate(itertools.product(texts, range(options.num_samples))):
+        if number:
+            print("\n" + "-" * 40)
+        write(text, continued(encode(text)), tokenizer)
 
 
 def load_model(out_dir: Path | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
@@ -97,16 +93,6 @@ def load_model(out_dir: Path | None, init_from: str | None) -> tuple[GPT, Tokeni
         checkpoint.load_model(model)
         tokenizer = TOKENIZERS[checkpoint.tokenizer]
     return model.eval(), tokenizer, name
-
-
-def until_the_end(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """The tokens (texts, 1) of each text up to its end, then an id without a text."""
-    ended = torch.tensor(False)
-    for token in tokens:
-        ended = ended | (token == tokenizer.end_of_text)
-        yield token.masked_fill(ended, tokenizer.vocab_size)
-        if ended.all():
-            return
 
 
 def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:

@@ -114,7 +114,7 @@ def test_sample_continues_every_line_of_a_file_as_it_would_alone(train, call, tm
     options = [sample, "--out_dir", tmp_path / "run", "--max_new_tokens", 20, "--temperature", 0]
     lines = ["12 squared is", "Grüße", " 7"]
     (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n")
-    texts = call(*options, "--prompts", tmp_path / "lines.txt").split("\n" + "-" * 40 + "\n")
+    texts = call(*options, "--prompts", tmp_path / "lines.txt").split("\n\n" + "-" * 40 + "\n")
     assert "".join(texts) == "".join(call(*options, "--start", line) for line in lines).replace("\n", "") + "\n"
     drawn = ["--prompts", tmp_path / "lines.txt", "--temperature", 1, "--top_p", 0.9, "--num_samples", 2]
     first = call(*options, *drawn)
@@ -132,7 +132,7 @@ def test_a_sample_stops_where_its_document_ends(train, call, tmp_path, monkeypat
     options = [sample, "--out_dir", tmp_path / "run", "--temperature", 0]
     (tmp_path / "lines.txt").write_text("hihi\nh\nhi")
     assert call(*options, "--start", "h") == "hi\n"
-    rule = "\n" + "-" * 40 + "\n"
+    rule = "\n\n" + "-" * 40 + "\n"
     assert call(*options, "--prompts", tmp_path / "lines.txt") == rule.join(["hihi", "hi", "hi"]) + "\n"
     assert len(looked_up) < 50  # rather than for 500 tokens each
     found = call(*options, "--start", "h", "--max_new_tokens", 7, "--ignore_eos")

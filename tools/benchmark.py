@@ -240,14 +240,11 @@ def describe(machine: Machine) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.partition(":")[2].strip() for line in cpu_lines() if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     amx = torch.cpu._is_amx_tile_supported()  # with which products are three times as fast and the rest is not
     return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads{', AMX' if amx else ''}"
-
-
-def cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def reading(name: str, advice: str) -> Iterator[None]:
 
 
 class Corpus:
-    """Documents in a column of a table or of a stream, by the megabyte."""
+    """Documents in a column, by the megabyte; `read` gives split and text of those after the first `done`."""
 
     def __init__(self, name: str, advice: str, identity: Any, documents: Any, column: str, val_fraction: float):
         self.name, self.advice, self.identity, self.count = name, advice, identity, None
@@ -148,11 +148,8 @@ class Corpus:
             if texts:
                 yield texts, self.state()
 
-    def read(self, done: int, state: Any) -> Iterator[tuple[str, str]]:
-        """The split and the text of each document after the first `done`."""
-
     def state(self) -> Any:
-        """What `read` needs, apart from their number, to go on after the documents it has given."""
+        """What `read` needs to go on, besides the number of documents that it has given."""
 
 
 class Table(Corpus):

@@ -38,10 +38,7 @@ class Batches:
         parts = list(chunks(start, stop, self.settings.micro_batch_size))
         upcoming = [*((step, *part) for part in parts[1:]), (step + 1, *parts[0])]
         for part, following in zip(parts, upcoming, strict=True):
-            started = time.perf_counter()
-            rows = self._ahead.take((step, *part), following)
-            self.seconds_waited += time.perf_counter() - started
-            yield self._on_device(rows)
+            yield self._waited_for(self._ahead.take, (step, *part), following)
 
     def curvature(
         self, step: int, most: int, group: int = 1
@@ -53,15 +50,10 @@ class Batches:
         start, stop = self.machine.ranks.slice(self.settings.hessian_batch_size // group)
         size = max((part for part in divisors((stop - start) * group) if part <= most), default=most)
         for first, last in chunks(start * group, stop * group, size):
-            started = time.perf_counter()
-            rows = self._load((step, first, last))
-            self.seconds_waited += time.perf_counter() - started
-            yield self._on_device(rows), (first, last)
+            yield self._waited_for(self._load, (step, first, last)), (first, last)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the fixed validation blocks. The last batch is filled up with targets of -1, so that
-        all have one shape.
-        """
+        """This rank's share of the validation blocks, in batches of one shape: targets of -1 fill up the last one."""
         size = self.settings.micro_batch_size
         starts = self.data.val_blocks(self.settings.eval_sequences)
         start, stop = self.machine.ranks.slice(len(starts))
@@ -78,6 +70,12 @@ class Batches:
         generator = torch.Generator().manual_seed(torch_seed(self.settings.seed, LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
         return self._pinned(torch.rand(shape, generator=generator)).to(self.machine.device, non_blocking=True)
+
+    def _waited_for(self, load: Callable, *arguments: Any) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        rows = load(*arguments)
+        self.seconds_waited += time.perf_counter() - started
+        return self._on_device(rows)
 
     def _load(self, key: tuple[int, int, int]) -> Tensor:
         step, first, last = key

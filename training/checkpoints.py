@@ -22,7 +22,7 @@ from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run.errors import UserError, warn
 from run.files import read_json, read_small
-from run.settings import Settings, shorten
+from run.settings import Settings
 from training.optimizers import STATE
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -104,9 +104,7 @@ def find(folder: Path) -> Checkpoint:
 
 
 def newest(out_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is as it was written, with a warning of newer ones that are not; UserError
-    where there is none.
-    """
+    """A run's newest whole checkpoint, with a warning of newer ones that are damaged; UserError without any."""
     found = folders(out_dir)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train first, or name another folder with --out_dir=FOLDER")
@@ -166,13 +164,3 @@ def refuse_other_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settin
             raise UserError(f"{name} = {value!r}, but {what}")
     if checkpoint.data != data.fingerprint():
         raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
-
-
-def changed_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """A line for each setting that may change and did."""
-    free = {"init_from", "out_dir", "eval_only", "wandb_run_name"}
-    return [
-        f"{name} was {shorten(checkpoint.settings.get(name))}, is now {value!r}"
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in free and checkpoint.settings.get(name) != value
-    ]

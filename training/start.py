@@ -14,9 +14,9 @@ from model import GPT, GPTConfig
 from run.errors import RankError, UserError
 from run.files import write_json
 from run.machine import Machine
-from run.settings import Settings
+from run.settings import Settings, shorten
 from training.checkpoint_writer import set_aside
-from training.checkpoints import Checkpoint, Progress, changed_settings, folders, newest, refuse_other_run
+from training.checkpoints import Checkpoint, Progress, folders, newest, refuse_other_run
 from training.metrics import FILE, drop_rows_after
 from training.optimizers import Optimizer, load_state
 from training.pretrained import load, tokenizer_of
@@ -60,9 +60,7 @@ class RunFolder:
                 set_aside(self.path, checkpoint.progress.step)
             write_json(self.path / "settings.json", dataclasses.asdict(settings))
         except filelock.Timeout:
-            raise UserError(
-                f"another run is writing to {self.path}: stop it first, or choose another --out_dir"
-            ) from None
+            raise UserError(f"another run is writing to {self.path}: stop it, or take another --out_dir") from None
         except (OSError, ValueError) as error:
             raise UserError(f"out_dir = {self.path} cannot be written to: {error}") from None
 
@@ -106,9 +104,7 @@ def shape_of(settings: Settings, data: TokenData, checkpoint: Checkpoint | None)
 
 
 def as_used(settings: Settings, model: GPT, checkpoint: Checkpoint | None) -> Settings:
-    """The settings with the model's shape, which the weights of others bring along, and what the run started from in
-    `init_from`. UserError where the command line asks for another shape.
-    """
+    """The settings with the model's shape and origin. UserError where the command line asks for another shape."""
     begun = checkpoint.progress.started_from if checkpoint else settings.init_from
     shape = {name: value for name, value in dataclasses.asdict(model.config).items() if name != "vocab_size"}
     asked = {argument.removeprefix("--").partition("=")[0] for argument in sys.argv[1:]}
@@ -126,9 +122,7 @@ def wrap(model: nn.Module, machine: Machine) -> nn.Module:
 
 
 def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> None:
-    """Throw a first pass on tokens of this shape away: DDP forms its buckets anew after it, and with them changes in
-    which order numbers are added. A resumed run would part from one that was not.
-    """
+    """Throw a first pass on tokens of this shape away: DDP forms its buckets, and so the order of sums, after it."""
     if isinstance(model, DistributedDataParallel):
         tokens = torch.zeros(shape, dtype=torch.int64, device=machine.device)
         with machine.forward_context():
@@ -150,8 +144,11 @@ def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, 
         machine.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
     if settings.warmup_iters > settings.max_iters:
         machine.note(f"warmup_iters = {settings.warmup_iters} is longer than the run: learning_rate is never reached")
-    for change in changed_settings(checkpoint, settings) if checkpoint else []:
-        machine.note(f"resuming with another setting: {change}")
+    free, before = {"init_from", "out_dir", "eval_only", "wandb_run_name"}, checkpoint.settings if checkpoint else {}
+    for name, value in dataclasses.asdict(settings).items():
+        if checkpoint and name not in free and before.get(name) != value:
+            was = shorten(before.get(name))
+            machine.note(f"resuming with another setting: {name} was {was}, is now {value!r}")
     machine.note(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {machine.ranks.world_size} x"
         f" {machine.device.type} in {str(machine.dtype)[6:]}, {settings.optimizer}, {settings.batch_size} x"

@@ -25,7 +25,7 @@ from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import FakeWandb
 from tools import evaluate, export
-from tools.hugging_face import tokenizer_files, write_weights
+from tools.export import tokenizer_files, write_weights
 from training import pretrained
 
 SHAPES = {"30m": (6, 6), "small": (12, 12), "medium": (24, 16), "540m": (30, 18), "large": (36, 20)}  # layers, heads

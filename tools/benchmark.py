@@ -155,9 +155,7 @@ def train(options: Namespace, settings: Settings, machine: Machine) -> dict[str,
 
 
 def curvature(options: Namespace, settings: Settings, machine: Machine) -> dict[str, Any]:
-    """Seconds of passes over batch_size sequences, and of updates. From these follow the overheads: by how much a step
-    of 480 sequences is longer than AdamW's, on average over hessian_interval steps.
-    """
+    """Seconds of passes over batch_size sequences and of updates, and from these Sophia's overheads over AdamW."""
     size, data = settings.batch_size, random_tokens(settings)
     model, updated = (make_model(settings, data, machine, None) for _ in range(2))
     batches, params = Batches(data, settings, machine), list(model.parameters())

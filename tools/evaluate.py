@@ -109,9 +109,7 @@ def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
 
 
 def local_prompts(name: str, data: Path) -> list[dict[str, Any]]:
-    """The prompts of a task of SuperGLUE, to be asked about local files: these have the names that the archive gives
-    them, BoolQ/val.jsonl, or the hub's, boolq/validation.jsonl.
-    """
+    """The prompts of a SuperGLUE task for local files, named as in the archive, BoolQ/val.jsonl, or on the hub."""
     import yaml
 
     short = name.removeprefix("superglue_")

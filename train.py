@@ -45,9 +45,7 @@ def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, 
 
 
 def accumulate_gradients(step: int, model: nn.Module, batches: Batches) -> Tensor:
-    """Leave the gradient of the mean loss over the batch of update `step`, of all ranks, in the parameters' .grad.
-    Returns the mean loss over this rank's part of the batch.
-    """
+    """Leave the gradient of the batch's mean loss, over all ranks, in .grad. Returns the mean over this rank's part."""
     settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
         seed_dropout(settings.seed, step, machine.ranks.rank)
@@ -95,11 +93,9 @@ def main() -> None:
             raise Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
 
 
-def train(
-    settings: Settings, data: TokenData, folder: RunFolder, machine: Machine, checkpoint: Checkpoint | None
-) -> None:
+def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machine, found: Checkpoint | None) -> None:
     check_same_job(settings, data, machine)
-    checkpoint = machine.ranks.broadcast_object(checkpoint)
+    checkpoint = machine.ranks.broadcast_object(found)
     torch.manual_seed(settings.seed)
     model = make_model(settings, data, machine, checkpoint)
     settings = as_used(settings, model, checkpoint)
@@ -155,8 +151,7 @@ def train(
         why = f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}"
         machine.note(f"{why}, whose checkpoint is written; the same command with --init_from=auto goes on")
         sys.exit(EXIT_CODE)
-    content = "checkpoints/, metrics.jsonl and settings.json"
-    machine.note(f"done: {folder.path} has {content}; python plot.py {folder.path} draws the losses")
+    machine.note(f"done: {folder.path} has checkpoints/, metrics.jsonl and settings.json; plot.py draws the losses")
 
 
 if __name__ == "__main__":

@@ -156,9 +156,7 @@ def open_tokens(folder: Path, split: str) -> Tokens:
 
 
 def open_data(dataset: str, block_size: int) -> TokenData:
-    """Open a data set, a folder or the name of one in data/, with every check that can be made before training on it.
-    UserError where one fails.
-    """
+    """Open a folder, or one in data/ by its name. UserError where a check that can be made before training fails."""
     folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
     train, val = open_tokens(folder, "train"), open_tokens(folder, "val")
     meta = read_meta(folder)

@@ -23,9 +23,7 @@ def environment() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job. All of them call its collectives, in the same order; with one rank these do
-    nothing.
-    """
+    """This process among those of the job. All call its collectives in one order; with one rank these do nothing."""
 
     rank: int = 0
     world_size: int = 1

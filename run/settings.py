@@ -68,9 +68,7 @@ class Settings:
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer", least=0)
     beta1: float | None = setting(None, "decay of the momentum; None: by optimizer", least=0, below=1)
-    beta2: float | None = setting(
-        None, "decay of second moment, lion's momentum or h; None: by optimizer", least=0, below=1
-    )
+    beta2: float | None = setting(None, "decay of second moment, h, or lion's m; None: by optimizer", least=0, below=1)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
     rho: float | None = setting(None, "Sophia: larger, fewer coordinates are clipped; None: by optimizer", least=0)
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one", least=1)

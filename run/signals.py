@@ -13,9 +13,7 @@ SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SIGINT",
 
 
 class StopSignals:
-    """Within this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, for the loop to stop after its step: `asked`
-    names the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
-    """
+    """Within this context signals are noted, `asked` names the first; a second Ctrl-C interrupts at once."""
 
     def __init__(self, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
@@ -39,5 +37,5 @@ class StopSignals:
         if not self.asked:
             self.asked = signal.Signals(number).name
             self.note(f"{self.asked}: finishing the step, then writing a checkpoint")
-        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):
+        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):  # which passes it on once more
             raise KeyboardInterrupt

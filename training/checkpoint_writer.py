@@ -21,9 +21,7 @@ from training.optimizers import Optimizer, state_by_name
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, on rank 0. The loop waits while `begin` copies the weights and the optimizer's state
-    to the host, and goes on while a thread writes them to the disk.
-    """
+    """Writes a run's checkpoints, on rank 0: `begin` copies them to the host, a thread writes them to the disk."""
 
     def __init__(
         self, out_dir: Path, model: GPT, optimizer: Optimizer, settings: Settings, data: TokenData, ranks: Ranks
@@ -101,9 +99,7 @@ def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], descr
 
 
 def prune(out_dir: Path, keep: int, best_step: int | None) -> None:
-    """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files, and what
-    cannot be removed stays until the next checkpoint is written.
-    """
+    """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files."""
     for folder in folders(out_dir)[:-keep]:
         if step_of(folder) != best_step:
             shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")), ignore_errors=True)

@@ -49,9 +49,7 @@ class Meter:
         self.results.append(result)
 
     def finish_row(self, step: int) -> dict[str, Any]:
-        """The row of update `step`, the last that was added. Here the host waits for the updates.
-        Updates the progress. Diverged where a loss or a gradient of these updates is not finite.
-        """
+        """The row of update `step`, for which the host waits; updates the progress. Diverged without finite numbers."""
         settings, progress, machine = self.settings, self.progress, self.machine
         losses = torch.stack([result.loss for result in self.results])
         machine.ranks.all_reduce([losses])

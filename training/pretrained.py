@@ -1,6 +1,4 @@
-"""GPT-2 weights of other programs: Hugging Face's folders, and the ckpt.pt files of nanoGPT and of the released
-Sophia. Nothing in a file is executed.
-"""
+"""GPT-2 weights of other programs: Hugging Face's folders and nanoGPT's ckpt.pt. Nothing in a file is executed."""
 
 import dataclasses
 import json
@@ -43,9 +41,7 @@ def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GP
 
 
 def tokenizer_of(source: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer of these weights, by the entries of tokenizer.json, or without one by the size of the vocabulary.
-    Raises BadWeights, also for another tokenizer than the project's.
-    """
+    """These weights' tokenizer, by tokenizer.json or else by the vocabulary's size; BadWeights for another's."""
     path = local(source)
     file = (path.parent if path.is_file() else path) / "tokenizer.json"
     try:
@@ -73,7 +69,7 @@ def local(source: str) -> Path:
 
 
 def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape, as GPTConfig's arguments, and the weights by name, of a ckpt.pt; ValueError where it is none."""
+    """GPTConfig's arguments and the weights by name, of a ckpt.pt; ValueError where it is none."""
     try:
         # mmap: of the optimizer's state, twice as large as the weights, nothing is read
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -87,9 +83,7 @@ def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_hugging_face(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape, as GPTConfig's arguments, and the weights by name, of a folder or of a .safetensors file in one;
-    ValueError or OSError where they are no GPT-2's.
-    """
+    """GPTConfig's arguments and the weights by name, of a folder or a file in it; ValueError or OSError if bad."""
     folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["model.safetensors"])
     weights: dict[str, Tensor] = {}
     try:

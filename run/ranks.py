@@ -43,12 +43,6 @@ class Ranks:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. The hosts ask each other, and wait for no device."""
-        flags = torch.tensor([int(flag)])
-        self.all_reduce([flags])
-        return bool(flags)
-
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the tensor, in place, by rank 0's."""
         if self.world_size > 1:

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+import torch
+
 from run.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
@@ -20,8 +22,10 @@ class StopSignals:
         self.ranks, self.note = ranks, note  # which shows a line
 
     def stop_requested(self) -> bool:
-        """Whether a signal reached any rank; all of them ask after each step."""
-        return self.ranks.any(self.asked is not None)
+        """Whether a signal reached any rank: the hosts ask each other after each step, and wait for no device."""
+        flag = torch.tensor([int(self.asked is not None)])
+        self.ranks.all_reduce([flag])
+        return bool(flag)
 
     def __enter__(self) -> "StopSignals":
         # one that is ignored stays so, as SIGHUP under nohup

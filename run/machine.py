@@ -134,13 +134,8 @@ def set_up(settings: Settings) -> Machine:
     # otherwise attention that is compiled and checkpointed draws its dropout on CUDA from generators of its own, which
     # torch.manual_seed does not reach (torch 2.13): a resumed run would draw other masks
     torch._functorch.config.graphsafe_rng_functionalization = False
-    machine = Machine(
-        device=device,
-        dtype=dtype,
-        compile=settings.compile and has_compiler(device),
-        ranks=join(device, settings.backend, settings.timeout),
-        plain_attention=plain_attention,
-    )
-    if settings.compile and not machine.compile:
+    compile = settings.compile and has_compiler(device)
+    machine = Machine(device, dtype, compile, join(device, settings.backend, settings.timeout), plain_attention)
+    if settings.compile and not compile:
         machine.note("no compiler found for torch.compile: going on without it, which is slower")
     return machine

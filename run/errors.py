@@ -62,11 +62,6 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory")  # of CUDA's allocator and of the CPU's
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
 def machine_at_fault(error: BaseException) -> str | None:
     """What to say of an error of the device, the network or torch.compile, and what to try; None for any other."""
     # by their words and modules, as cuBLAS and Triton raise plain RuntimeErrors, and many scripts import no torch
@@ -105,8 +100,10 @@ def run(main: Callable[[], None]) -> None:
         silence(sys.stdout)
         sys.exit(141)
     except Exception as error:
-        if is_out_of_memory(error):
-            say(f"rank {rank} ran out of memory ({str(error):.200}): lower micro_batch_size")
+        words = "out of memory", "can't allocate memory"  # CUDA's allocator's and the CPU's
+        if isinstance(error, MemoryError) or any(each in str(error) for each in words):
+            what = f"rank {rank} ran out of memory ({str(error):.200})"
+            say(f"{what}: lower micro_batch_size (of tools.evaluate: --batch_size)")
             sys.exit(UserError.exit_code)
         if not (fault := machine_at_fault(error)):
             raise

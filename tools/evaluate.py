@@ -132,14 +132,7 @@ def scores(model: Any, tasks: Tasks, limit: int | None) -> dict[str, Any]:
     leaves = {task.task_name: task for prompts in tasks.values() for task in prompts}
     for task in leaves.values():
         task.set_fewshot_seed(SEED)  # every model and every prompt shows the same examples
-    try:
-        found = evaluate(model, {"tasks": leaves}, limit=limit, bootstrap_iters=0)
-    except Exception as error:
-        if not errors.is_out_of_memory(error):
-            raise
-        raise errors.UserError(f"out of memory ({str(error):.200}): lower --batch_size") from None
-
-    entries = {}
+    found, entries = evaluate(model, {"tasks": leaves}, limit=limit, bootstrap_iters=0), {}
     for name, prompts in tasks.items():
         samples = [found["samples"][task.task_name] for task in prompts]
         entries[name] = entry = {"examples": len(samples[0])}

@@ -421,7 +421,7 @@ def test_bad_text_is_refused_in_one_line(openwebtext, call, refused, tmp_path, n
 
 @pytest.mark.parametrize("option", ["--val-fraction=1.5", "--workers=0"])
 def test_impossible_options_are_refused(openwebtext, call, refused, option):
-    assert option.replace("=", " = ") in refused(lambda: call(openwebtext, option))
+    assert option.partition("=")[0] in refused(lambda: call(openwebtext, option))
 
 
 def offline(*args, **kwargs):

@@ -12,10 +12,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from data.preparation.writer import Source, TextBatch, write_data_set
+from data.preparation.writer import TextBatch, write_data_set
 from data.tokenizers import TOKENIZERS
 from run.errors import UserError
-from run.options import Parser
+from run.options import Parser, between
 from run.settings import ROOT
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -40,12 +40,10 @@ def prepare(description: str | None, name: str, source: str, config: str | None 
     add("--val-fraction", type=float, default=val_fraction, help=f"share of val.bin (default {val_fraction})")
     add("--tokenizer", choices=list(TOKENIZERS), default="gpt2", help="default gpt2")
     add("--out-dir", type=Path, default=ROOT / "data" / name, help=f"where to write (default data/{name})")
-    add("--workers", type=int, default=cores(), help="threads that tokenize (default: every core)")
+    add("--workers", type=between(1), default=cores(), help="threads that tokenize (default: every core)")
     add("--overwrite", action="store_true", help="replace another data set in --out-dir")
     options = parser.parse_args()
 
-    if options.workers < 1:
-        raise UserError(f"--workers = {options.workers}: must be at least 1")
     if not 0 < options.val_fraction < 1:
         raise UserError(f"--val-fraction = {options.val_fraction}: must be between 0 and 1")
     config = options.config or (config if options.source == source else None)
@@ -65,7 +63,7 @@ def cores() -> int:
 
 def open_documents(
     source: str, config: str | None, files: list[Path] | None, streaming: bool, column: str, val_fraction: float
-) -> Source:
+) -> "Corpus":
     """Documents of the hub's data set `source`, or of local `files`. UserError for what cannot be used."""
     name, arguments, advice = source, {"path": source, "name": config}, "; without a network, use --data-files"
     if files:
@@ -89,9 +87,8 @@ def open_documents(
         # The builder's hash tells the commit of the hub.
         identity = [name, config, builder.hash, column, val_fraction, streaming]
         identity += [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
-        return (Stream if streaming else Table)(
-            name, advice, identity, documents.select_columns([column]), column, val_fraction
-        )
+        kind = Stream if streaming else Table
+        return kind(name, advice, identity, documents.select_columns([column]), column, val_fraction)
 
 
 def text_alone(name: str, column: str, table: pa.Table, json_field_paths: list | tuple = ()) -> pa.Table:

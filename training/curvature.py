@@ -72,9 +72,7 @@ class Curvature:
         self.machine.ranks.all_reduce(mean)
         return mean
 
-    def _sampled_gradients(
-        self, step: int, params: list[Tensor], most: int, group: int = 1
-    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def _sampled_gradients(self, step: int, params: list[Tensor], most: int, group: int = 1) -> Iterator[tuple]:
         """For each pass its number of sequences, and the gradients of their mean loss with labels the model draws."""
         uniforms = self.batches.label_uniforms(step)  # (2, hessian_batch_size, block_size)
         for (x, _), (first, last) in self.batches.curvature(step, most, group):

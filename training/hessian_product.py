@@ -74,11 +74,8 @@ class HessianProduct:
             else:
                 x, dx = self.block(*parts, x, dx)
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
-        du = u[embedding].to(product_dtype(x))
-        tangent = mean_in_chunks(
-            hidden.flatten(0, 1), weights[embedding], targets.flatten(), count, self.loss_tangent, du
-        )
-        tangent.backward()
+        positions, head, du = hidden.flatten(0, 1), weights[embedding], u[embedding].to(product_dtype(x))
+        mean_in_chunks(positions, head, targets.flatten(), count, self.loss_tangent, du).backward()
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         qkv, d_qkv = self.before_attention(weights, u, (x,), (dx,))
@@ -93,9 +90,7 @@ def part_of(tensors: Named, prefix: str) -> Named:
 
 
 class PlainLayerNorm(nn.LayerNorm):
-    """By simple operations: F.layer_norm's own tangent has a wrong gradient, as it takes mean and variance for
-    constants (torch 2.13).
-    """
+    """LayerNorm by simple operations, so that the gradient of its tangent is right."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.n_embd, bias=config.bias)

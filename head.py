@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_LOGITS = 2**25  # of a chunk, which is to fit into a CPU's caches
+CPU_LOGITS = 2**25  # in a chunk, which is to fit into a CPU's caches
 
 
 class ChunkLoss(nn.Module):
@@ -21,7 +21,7 @@ class ChunkLoss(nn.Module):
     A subclass may take other targets than labels, in `labels`, or have another `loss`.
     """
 
-    gpu_logits = 2**28  # of a chunk, as GPUs want large products; not measured
+    gpu_logits = 2**28  # in a chunk, as GPUs want large products; not measured
 
     def labels(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (N, V) and targets (…, N) give integers (N,)."""

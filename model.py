@@ -197,7 +197,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, ge
     probabilities = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         descending, tokens = probabilities.sort(descending=True)
-        before = descending[:, :-1].cumsum(dim=-1)  # of the second and so on, the sum of all that are likelier
+        before = descending[:, :-1].cumsum(dim=-1)  # what is likelier than the second, the third, …
         descending[:, 1:].masked_fill_(before >= top_p, 0)
         probabilities = probabilities.scatter(1, tokens, descending)
     return torch.multinomial(probabilities, 1, generator=generator)

@@ -64,7 +64,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
     """Mean cross-entropy in nats over the fixed validation blocks, which the ranks share."""
     machine = batches.machine
     wide = torch.float32 if machine.device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=wide, device=machine.device)  # of losses, of tokens
+    sums = torch.zeros(2, dtype=wide, device=machine.device)  # losses, tokens
     model.eval()
     for x, y in batches.validation():
         with machine.forward_context():

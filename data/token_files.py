@@ -17,9 +17,9 @@ from run.files import read_json
 from run.randomness import DATA, stream
 from run.settings import ROOT
 
-CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
+CHECKED_TOKENS = 2**28  # in each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24
-SAMPLES, SAMPLE_TOKENS = 64, 2**10  # of a split, for its fingerprint
+SAMPLES, SAMPLE_TOKENS = 64, 2**10  # from a split, for its fingerprint
 PROGRESS = "progress.json"  # in a folder whose data set is being prepared
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024  # llm.c's .bin files begin with 256 int32: magic, version, tokens, …
 

@@ -26,7 +26,7 @@ OPTIMIZER_DEFAULTS = {
     "sophiag": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "rho": 0.05, "hessian_batch_size": 240},
     "muon": {"beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
 }
-AVERAGED_HESSIAN_BATCH_SIZE = 32  # of sophiag with hessian_estimator=averaged, which needs fewer sequences
+AVERAGED_HESSIAN_BATCH_SIZE = 32  # sophiag's with hessian_estimator=averaged needs fewer sequences
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:

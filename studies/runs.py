@@ -28,7 +28,7 @@ from training import metrics
 from training.batches import check_batch
 from training.start import shape_of
 
-KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # of the last row of a run's metrics.jsonl
+KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # from the last row of a run's metrics.jsonl
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from training.start import make_model, shape_of, wrap
 
 WARM_UP = 3  # rounds before those that count
 PAPER_BATCH = 480  # sequences of a step
-PROMPT, TOKENS = 16, 500  # of a text
+PROMPT, TOKENS = 16, 500  # in a text
 # The settings of each estimator, and how many sequences of a step it takes
 ESTIMATORS = {
     "hutchinson": ({"optimizer": "sophiah"}, 32),
@@ -80,7 +80,7 @@ def our_step(settings: Settings) -> Callable[[bool], None]:
     machine, data = set_up(settings), random_tokens(settings)
     model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
     optimizer, curvature = make_optimizer(model, settings, machine), Curvature(model, settings, machine, batches)
-    parallel, numbers = wrap(model, machine), {True: 1, False: 2}  # of the next updates with and without an estimate
+    parallel, numbers = wrap(model, machine), {True: 1, False: 2}  # the next updates with and without an estimate
 
     def step(with_estimate: bool) -> None:
         update(numbers[with_estimate], parallel, optimizer, batches, curvature)

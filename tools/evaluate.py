@@ -25,7 +25,7 @@ from tools.export import write_model
 
 TASKS = ROOT / "tools" / "tasks"
 SUPERGLUE = [f"superglue_{name}" for name in ("boolq", "cb", "copa", "rte")]
-SEED = 1234  # of the examples shown; the harness's own
+SEED = 1234  # for the examples shown; the harness's own
 Tasks = dict[str, list]  # by the task's name the harness's tasks, one for each prompt
 
 

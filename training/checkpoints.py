@@ -40,11 +40,11 @@ class Progress:
 
     started_from: str = "scratch"  # or the pretrained weights, whose shape the model then has
     step: int = 0  # completed updates
-    seconds: float = 0.0  # of training so far
+    seconds: float = 0.0  # spent training so far
     clipped_steps: int = 0  # updates whose gradient was clipped
-    val_loss: float | None = None  # of the last evaluation
+    val_loss: float | None = None  # at the last evaluation
     best_val_loss: float | None = None
-    best_step: int | None = None  # of the best validation loss
+    best_step: int | None = None  # that had it
 
 
 @dataclass(frozen=True)

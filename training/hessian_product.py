@@ -150,7 +150,9 @@ class AttentionTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        halves = zip(*(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True)  # of the heads
+        halves = zip(
+            *(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True
+        )  # half of the heads each
         gradients = [ctx.functions[1](*half, ctx.scale) for half in halves]  # whose temporary tensors are large
         return *(torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True)), None, None
 
@@ -170,7 +172,7 @@ def attention_tangent_backward(
     """The gradients by q, k, v, dq, dk and dv, where `gradient` is that by the tangent of attention, of its shape."""
     shape, dtype = q.shape, q.dtype
     q, k, v, dq, dk, dv, gradient = (x.flatten(0, 1) for x in (q, k, v, dq, dk, dv, gradient))  # (BH, T, D)
-    g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # of each block of queries or keys
+    g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # a block of queries or keys each
     for seen, p, c in attention_weights(q, k, dq, dk, scale):
         own = slice(seen - p.shape[1], seen)
         g = gradient[:, own]
@@ -178,7 +180,7 @@ def attention_tangent_backward(
         by_dp = by_dp - (p * by_dp).sum(dim=-1, keepdim=True)
         by_p = (g @ dv[:, :seen].mT).to(p.dtype) + by_dp * c
         by_scores = (scale * p * (by_p - (p * by_p).sum(dim=-1, keepdim=True))).to(dtype)
-        by_tangent = (scale * p * by_dp).to(dtype)  # of the scores
+        by_tangent = (scale * p * by_dp).to(dtype)  # the scores' tangent
         g_q.append(by_scores @ k[:, :seen] + by_tangent @ dk[:, :seen])
         g_dq.append(by_tangent @ k[:, :seen])
         add_blocks(g_k, by_scores.mT @ q[:, own] + by_tangent.mT @ dq[:, own])

@@ -62,7 +62,7 @@ def local(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors*"]))
-    except Exception as error:  # of many kinds, the network's among them
+    except Exception as error:  # there are many kinds, the network's among them
         places = "a folder, a ckpt.pt file or a hub name (or, to train, 'scratch', 'resume' or 'auto')"
         why = getattr(error, "strerror", None) or type(error).__name__
         raise BadWeights(f"init_from = {source!r}: must be {places}; the hub did not give it ({why})") from None

@@ -24,7 +24,7 @@ ADVICE = {  # for what datasets says
     "Dataset scripts are no longer supported": "download the text it names, and give the files to --data-files",
     "Config name is missing": "choose one with --config",
 }
-BATCH_CHARACTERS = 2**20  # of text, that one thread tokenizes at a time
+BATCH_CHARACTERS = 2**20  # one thread tokenizes so much text at a time
 
 
 def prepare(description: str | None, name: str, source: str, config: str | None = None, val_fraction=0.0005) -> None:

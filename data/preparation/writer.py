@@ -23,7 +23,7 @@ from run.errors import UserError
 from run.files import flush, read_json, write_json
 
 SPLITS = ("train", "val")
-TOKENS_BETWEEN_NOTES = 2**21  # of progress: after a kill, about so many tokens are made again
+TOKENS_BETWEEN_NOTES = 2**21  # after a kill, about so many tokens are made again
 
 TextBatch = tuple[dict[str, list[str]], Any]  # documents by split, and the source's state after them (JSON)
 
@@ -34,7 +34,7 @@ class TextSource:
     def __init__(self, name: str, texts: dict[str, list[str]]):
         self.name, self.texts = name, texts
         self.identity: Any = texts  # JSON; two sources of one identity have the same documents in the same order
-        self.count: int | None = sum(map(len, texts.values()))  # of documents, where known
+        self.count: int | None = sum(map(len, texts.values()))  # documents, where known
 
     def batches(self, done: int, state: Any) -> Iterator[TextBatch]:
         """The documents after the first `done`; `state` is the one after them, None at the start."""

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_LOGITS = 2**25  # of a chunk, which is to fit into a CPU's caches
+CPU_LOGITS = 2**25  # in a chunk, which is to fit into a CPU's caches
 
 
 class ChunkLoss(nn.Module):
@@ -21,7 +21,7 @@ class ChunkLoss(nn.Module):
     A subclass may take other targets than labels, in `labels`, or have another `loss`.
     """
 
-    gpu_logits = 2**28  # of a chunk, as GPUs want large products; not measured
+    gpu_logits = 2**28  # in a chunk, as GPUs want large products; not measured
 
     def labels(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (N, V) and targets (…, N) give integers (N,)."""
@@ -38,9 +38,7 @@ class ChunkLoss(nn.Module):
         return ((log_total - of_labels(logits, labels)) * (labels >= 0)).sum()
 
     def forward(self, d_weight: Tensor | None, hidden: Tensor, weight: Tensor, *inputs: Tensor) -> tuple:
-        """The loss and its gradient by `hidden`; that by `weight` is added to `d_weight`, in the same pass over the
-        memory. With None there are no gradients.
-        """
+        """The loss, and its gradient by `hidden`; that by `weight` is added to `d_weight`. With None no gradients."""
         if d_weight is None:
             return self.loss(hidden, weight, *inputs), None
         (d_hidden, more), loss = torch.func.grad_and_value(self.loss, argnums=(0, 1))(hidden, weight, *inputs)
@@ -66,9 +64,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def chunk_rows(positions: int, vocab_size: int, logits: int) -> int:
-    """How many positions a chunk of up to `logits` logits has. The chunks are of one size, so that one shape is
-    compiled, unless that takes twice as many.
-    """
+    """How many positions a chunk of up to `logits` logits has; all are of one size unless that takes twice as many."""
     least = max(1, math.ceil(positions * vocab_size / logits))
     chunks = next((n for n in range(least, 2 * least) if positions % n == 0), least)
     return math.ceil(positions / chunks)

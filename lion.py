@@ -41,13 +41,10 @@ class Lion(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         group = self.defaults | param_group
-        beta1, beta2 = group["betas"]
-        for name, value, high in (
-            ("lr", group["lr"], math.inf),
-            ("betas[0]", beta1, 1),
-            ("betas[1]", beta2, 1),
-            ("weight_decay", group["weight_decay"], math.inf),
-        ):
+        numbers = {name: group[name] for name in ("lr", "weight_decay")}
+        numbers["betas[0]"], numbers["betas[1]"] = group["betas"]
+        for name, value in numbers.items():
+            high = 1 if name.startswith("betas") else math.inf
             if not 0 <= value < high:
                 raise ValueError(f"{name} must be in [0, {high}), not {value}")
         super().add_param_group(param_group)
@@ -83,20 +80,18 @@ def _check(state: dict, groups: list[dict]) -> None:
         if missing := {"lr", "betas", "weight_decay"} - group.keys():
             raise ValueError(f"a parameter group lacks {', '.join(sorted(missing))}: it is another optimizer's")
     for number, param in enumerate(param for group in groups for param in group["params"]):
-        known = state.get(param, {})
-        if known and known.keys() != {"exp_avg"}:
-            raise ValueError(f"the state of parameter {number} is {', '.join(known)}, not exp_avg: another optimizer's")
         if not param.is_floating_point():
             raise ValueError(f"parameter {number} is {param.dtype}: only real floating-point ones can be trained")
-        for what, value in {"gradient": param.grad, **known}.items():
-            if value is None:
-                continue
+        known = state.get(param) or {"exp_avg": None}
+        if known.keys() != {"exp_avg"}:
+            raise ValueError(f"the state of parameter {number} is {', '.join(known)}: it is another optimizer's")
+        tensors = {"gradient": param.grad, **known}
+        for what, value in ((what, value) for what, value in tensors.items() if value is not None):
             if value.layout is not torch.strided:
                 raise RuntimeError(f"{what} {number} is sparse: make it dense (Embedding(..., sparse=False))")
-            if value.shape != param.shape:
-                raise ValueError(f"{what} {number} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-            if value.dtype != param.dtype:
-                raise ValueError(f"{what} {number} is {value.dtype}, its parameter {param.dtype}: cast it")
+            if value.shape != param.shape or value.dtype != param.dtype:
+                theirs, ours = (f"{x.dtype} {tuple(x.shape)}" for x in (value, param))
+                raise ValueError(f"{what} {number} is {theirs}, its parameter {ours}")
 
 
 @functools.cache

@@ -61,9 +61,7 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer_idx + 1
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, C) gives (B, T, C). With a cache the tokens follow those in it: one token, or any number of first
-        ones.
-        """
+        """x (B, T, C) gives (B, T, C); with a cache either one token that follows it, or any number of first ones."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
         if cache is not None:
@@ -108,9 +106,7 @@ class Blocks(nn.ModuleList):
 
 
 class GPT(nn.Module):
-    """The model. Its parameters have the names that Hugging Face's GPT-2 gives them, without the prefix `transformer.`;
-    the output head is the token embedding itself (tied), so it has no parameter of its own.
-    """
+    """Parameters are named as in Hugging Face's GPT-2. The output head is the token embedding itself (tied)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -201,7 +197,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, ge
     probabilities = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         descending, tokens = probabilities.sort(descending=True)
-        before = descending[:, :-1].cumsum(dim=-1)  # of the second and so on, the sum of all that are likelier
+        before = descending[:, :-1].cumsum(dim=-1)  # what is likelier than the second, the third, …
         descending[:, 1:].masked_fill_(before >= top_p, 0)
         probabilities = probabilities.scatter(1, tokens, descending)
     return torch.multinomial(probabilities, 1, generator=generator)

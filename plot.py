@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from run import errors
 from run.errors import UserError
 from run.files import read_json
+from run.options import Parser
 from training import metrics
 
 # Okabe and Ito's palette, without its yellow, for every kind of colour vision; markers tell curves apart in grey.
@@ -158,7 +159,7 @@ def first_x_at(level: float, xs: np.ndarray, losses: np.ndarray) -> float | None
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"), help="picture to write")
     parser.add_argument("--x", choices=X_AXES, default="step", help="horizontal axis")

@@ -8,6 +8,7 @@ python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C sto
 
 import codecs
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,43 +17,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokenizers import Tokenizer
+from data.tokenizers import TOKENIZERS, Tokenizer
+from model import GPT
 from run import errors
 from run.machine import find_device
-from training.pretrained import load_model
-
-RULE = "\n" + "-" * 40  # between texts
+from run.options import Parser, between
+from training.checkpoints import find
+from training.pretrained import load, tokenizer_of
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
-    source = parser.add_mutually_exclusive_group()
+    parser = Parser(__doc__)
+    source, prompt = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    add = parser.add_argument
     source.add_argument("--out_dir", type=Path, default="out", help="folder of a run (newest checkpoint) or checkpoint")
     source.add_argument("--init_from", type=os.path.expanduser, help="weights: a hub name, a folder or a ckpt.pt file")
-    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
     prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
-    parser.add_argument("--num_samples", type=errors.between(1), default=1, help="texts a prompt (default %(default)s)")
-    parser.add_argument(
-        "--max_new_tokens", type=errors.between(1), default=500, help="most tokens a text (default %(default)s)"
-    )
-    parser.add_argument("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
-    parser.add_argument(
-        "--temperature", type=errors.between(0, kind=float), default=0.8, help="0: always the likeliest token"
-    )
-    parser.add_argument("--top_k", type=errors.between(1), help="sample from the k likeliest tokens only")
-    parser.add_argument(
-        "--top_p",
-        type=errors.between(0, 1, float),
-        default=1.0,
-        help="sample from the likeliest that reach this share only",
-    )
-    parser.add_argument(
-        "--seed", type=errors.between(0), default=1337, help="same seed, same text (default %(default)s)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
+    add("--num_samples", type=between(1), default=1, help="texts a prompt (default %(default)s)")
+    add("--max_new_tokens", type=between(1), default=500, help="most tokens a text (default %(default)s)")
+    add("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
+    add("--temperature", type=between(0, kind=float), default=0.8, help="0: always the likeliest token")
+    add("--top_k", type=between(1), help="sample from the k likeliest tokens only")
+    add("--top_p", type=between(0, 1, float), default=1.0, help="sample from the likeliest that reach this share only")
+    add("--seed", type=between(0), default=1337, help="same seed, same text (default %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is less exact")
     options = parser.parse_args()
 
     device = find_device(options.device)
@@ -67,39 +58,41 @@ def main() -> None:
             raise errors.UserError(f"a token is beyond the model's vocabulary of {model.config.vocab_size}")
         return tokens
 
-    def continued(prompt: list[int], texts: int = 1) -> Iterator[Tensor]:
-        """The tokens (texts, 1) that follow a prompt, until all texts have ended."""
-        idx = torch.tensor([prompt] * texts, device=device)
+    def continued(prompt: list[int]) -> Iterator[Tensor]:
+        """The tokens (1, 1) that follow a prompt."""
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        tokens = model.stream(idx, *limits, generator)
-        return tokens if options.ignore_eos else until_the_end(tokens, tokenizer)
+        tokens = model.stream(torch.tensor([prompt], device=device), *limits, generator)
+        if options.ignore_eos:
+            return tokens
+        return itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens)
 
     if options.interactive:
         interact(lambda text: write(text, continued(encode(text)), tokenizer))
-    elif options.prompts:
+        return
+    texts = [start]
+    if options.prompts:
         texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
         if not texts:
             raise errors.UserError(f"--prompts: {options.prompts} has no line to continue")
-        written = []
-        for text in texts:
-            rows = torch.cat(list(continued(encode(text), options.num_samples)), dim=1).tolist()
-            written += [text + tokenizer.decode_bytes(row).decode(errors="replace") for row in rows]
-        print(f"{RULE}\n".join(written))
+    for number, (text, _) in enumerate(itertools.product(texts, range(options.num_samples))):
+        if number:
+            print("\n" + "-" * 40)
+        write(text, continued(encode(text)), tokenizer)
+
+
+def load_model(out_dir: Path | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
+    """A trained model to use, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
+    `training.pretrained.load` reads, or else the checkpoint that `out_dir` names. UserError where there is none.
+    """
+    if init_from is not None:
+        model, name = load(init_from), init_from
+        tokenizer = tokenizer_of(init_from, model.config.vocab_size)
     else:
-        for number in range(options.num_samples):
-            if number:
-                print(RULE)
-            write(start, continued(encode(start)), tokenizer)
-
-
-def until_the_end(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """The tokens (texts, 1) of each text up to its end, then an id without a text."""
-    ended = torch.tensor(False)
-    for token in tokens:
-        ended = ended | (token == tokenizer.end_of_text)
-        yield token.masked_fill(ended, tokenizer.vocab_size)
-        if ended.all():
-            return
+        checkpoint = find(out_dir)
+        model, name = GPT(checkpoint.config), str(checkpoint.folder)
+        checkpoint.load_model(model)
+        tokenizer = TOKENIZERS[checkpoint.tokenizer]
+    return model.eval(), tokenizer, name
 
 
 def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:

@@ -23,15 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-__all__ = [
-    "SophiaG",
-    "SophiaH",
-    "gauss_newton_bartlett",
-    "hutchinson",
-    "labels_from_uniforms",
-    "sample_labels",
-]
-
 
 class _Sophia(torch.optim.Optimizer):
     def __init__(self, params, lr, betas, rho, weight_decay, eps, compile):
@@ -45,14 +36,10 @@ class _Sophia(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         group = self.defaults | param_group
-        beta1, beta2 = group["betas"]
-        for name, value, high in (
-            ("lr", group["lr"], math.inf),
-            ("betas[0]", beta1, 1),
-            ("betas[1]", beta2, 1),
-            ("rho", group["rho"], math.inf),
-            ("weight_decay", group["weight_decay"], math.inf),
-        ):
+        numbers = {name: group[name] for name in ("lr", "rho", "weight_decay")}
+        numbers["betas[0]"], numbers["betas[1]"] = group["betas"]
+        for name, value in numbers.items():
+            high = 1 if name.startswith("betas") else math.inf
             if not 0 <= value < high:
                 raise ValueError(f"{name} must be in [0, {high}), not {value}")
         if not 0 < group["eps"] < math.inf:
@@ -71,8 +58,7 @@ class _Sophia(torch.optim.Optimizer):
         """Move the running Hessian diagonal towards `estimate` by 1 - betas[1], but not where it is inf or NaN.
 
         estimate: one tensor for each of the optimizer's parameters, in their order and of their shapes. Call it
-        before the `step` it is meant for. Raises ValueError where number or shapes do not fit, RuntimeError for a
-        sparse tensor.
+        before the `step` it is meant for. Raises as `step` does.
         """
         estimate = list(estimate)
         _check(self.state, self.param_groups, estimate)
@@ -111,22 +97,13 @@ class _Sophia(torch.optim.Optimizer):
     @torch.no_grad()
     def unclipped_fraction(self) -> float:
         """The share of coordinates with |m| < rho * h, whose last update was not clipped. Waits for the device."""
-        unclipped, total = 0, 0
+        counts, total = [], 0
         for group in self.param_groups:
-            states = [self.state[param] for param in group["params"] if param in self.state]
-            if not states:
-                continue
-            excess = torch._foreach_abs([state["exp_avg"] for state in states])  # then |m| - rho * h, then -1 or 0
-            torch._foreach_add_(excess, [state["hessian"] for state in states], alpha=-group["rho"])
-            torch._foreach_sign_(excess)
-            torch._foreach_clamp_max_(excess, 0)
-            device = excess[0].device
-            wide = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
-            counts = [count.to(device) for count in torch._foreach_norm(excess, 1, dtype=wide)]
-            count = torch.stack(counts).sum()
-            unclipped += count.full_tensor() if is_sharded(count) else count
-            total += sum(each.numel() for each in excess)
-        return float(unclipped) / max(total, 1)
+            for state in (self.state[param] for param in group["params"] if param in self.state):
+                count = (state["exp_avg"].abs() < group["rho"] * state["hessian"]).sum()
+                counts.append(count.full_tensor() if is_sharded(count) else count)
+                total += state["exp_avg"].numel()
+        return float(sum(count.to(counts[0].device) for count in counts)) / max(total, 1)
 
 
 class SophiaG(_Sophia):
@@ -155,9 +132,7 @@ class SophiaG(_Sophia):
 
 
 class SophiaH(_Sophia):
-    """Sophia with Hutchinson's estimator: pair it with `hutchinson`. Arguments as for SophiaG.
-    Source: arXiv 2305.14342, algorithms 1 and 3.
-    """
+    """Sophia with Hutchinson's estimator, `hutchinson`: algorithms 1 and 3. Arguments as for SophiaG."""
 
     def __init__(
         self,
@@ -179,25 +154,21 @@ def _check(state: dict, groups: list[dict], estimate: list[Tensor] | None = None
         if missing := {"lr", "betas", "rho", "weight_decay", "eps"} - group.keys():
             raise ValueError(f"a parameter group lacks {', '.join(sorted(missing))}: it is another optimizer's")
     params = [param for group in groups for param in group["params"]]
-    estimate = [None] * len(params) if estimate is None else estimate
-    if len(estimate) != len(params):
+    if estimate is not None and len(estimate) != len(params):
         raise ValueError(f"the estimate has {len(estimate)} tensors, the optimizer {len(params)} parameters")
     for number, param in enumerate(params):
-        known = state.get(param, {})
-        if known and known.keys() != {"exp_avg", "hessian"}:
-            names = ", ".join(known)
-            raise ValueError(f"the state of parameter {number} is {names}, not exp_avg, hessian: another optimizer's")
         if not param.is_floating_point():
             raise ValueError(f"parameter {number} is {param.dtype}: only real floating-point ones can be trained")
-        for what, value in {"estimate": estimate[number], "gradient": param.grad, **known}.items():
-            if value is None:
-                continue
+        known = state.get(param) or dict.fromkeys(("exp_avg", "hessian"))
+        if known.keys() != {"exp_avg", "hessian"}:
+            raise ValueError(f"the state of parameter {number} is {', '.join(known)}: it is another optimizer's")
+        tensors = {"gradient": param.grad, "estimate": estimate and estimate[number], **known}
+        for what, value in ((what, value) for what, value in tensors.items() if value is not None):
             if value.layout is not torch.strided:
                 raise RuntimeError(f"{what} {number} is sparse: make it dense (Embedding(..., sparse=False))")
-            if value.shape != param.shape:
-                raise ValueError(f"{what} {number} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-            if value.dtype != param.dtype and what != "estimate":
-                raise ValueError(f"{what} {number} is {value.dtype}, its parameter {param.dtype}: cast it")
+            if value.shape != param.shape or (value.dtype != param.dtype and what != "estimate"):
+                theirs, ours = (f"{x.dtype} {tuple(x.shape)}" for x in (value, param))
+                raise ValueError(f"{what} {number} is {theirs}, its parameter {ours}")
 
 
 @functools.cache

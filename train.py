@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from data.token_files import TokenData, open_data
 from model import GPT
-from run import errors, randomness, ranks
+from run.errors import Diverged, Unbreakable, run
 from run.machine import Machine, set_up
+from run.randomness import seed_dropout
+from run.ranks import environment, leave
 from run.settings import Settings, read
 from run.signals import EXIT_CODE, StopSignals
 from training.batches import Batches, check_batch
@@ -25,8 +27,7 @@ from training.curvature import Curvature
 from training.meter import Meter, StepResult
 from training.metrics import Metrics
 from training.optimizers import Optimizer, betas, learning_rate, make_optimizer, parameters
-from training.parallel import form_buckets, wrap
-from training.start import RunFolder, as_used, check_same_job, describe, make_model, resume
+from training.start import RunFolder, as_used, check_same_job, describe, form_buckets, make_model, resume, wrap
 
 
 def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature) -> StepResult:
@@ -44,12 +45,10 @@ def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, 
 
 
 def accumulate_gradients(step: int, model: nn.Module, batches: Batches) -> Tensor:
-    """Leave the gradient of the mean loss over the batch of update `step`, of all ranks, in the parameters' .grad.
-    Returns the mean loss over this rank's part of the batch.
-    """
+    """Leave the gradient of the batch's mean loss, over all ranks, in .grad. Returns the mean over this rank's part."""
     settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
-        randomness.seed_dropout(settings.seed, step, machine.ranks.rank)
+        seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
         model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP exchanges the last one's sum
@@ -65,7 +64,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
     """Mean cross-entropy in nats over the fixed validation blocks, which the ranks share."""
     machine = batches.machine
     wide = torch.float32 if machine.device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=wide, device=machine.device)  # of losses, of tokens
+    sums = torch.zeros(2, dtype=wide, device=machine.device)  # losses, tokens
     model.eval()
     for x, y in batches.validation():
         with machine.forward_context():
@@ -81,7 +80,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
 def main() -> None:
     # What can be refused early is refused before anything is allocated or written.
     settings = read(sys.argv[1:])
-    rank, count = ranks.environment()
+    rank, count = environment()
     check_batch(settings, count)
     data = open_data(settings.dataset, settings.block_size)
     with RunFolder(settings) as folder:
@@ -89,16 +88,14 @@ def main() -> None:
         machine = set_up(settings)
         try:
             train(settings, data, folder, machine, checkpoint)
-        except errors.Diverged as error:
+        except Diverged as error:
             advice = "try a lower learning_rate or, with Sophia, a higher rho"
-            raise errors.Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
+            raise Diverged(f"{error}; {last_good(folder.path)}; {advice}") from None
 
 
-def train(
-    settings: Settings, data: TokenData, folder: RunFolder, machine: Machine, checkpoint: Checkpoint | None
-) -> None:
+def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machine, found: Checkpoint | None) -> None:
     check_same_job(settings, data, machine)
-    checkpoint = machine.ranks.broadcast_object(checkpoint)
+    checkpoint = machine.ranks.broadcast_object(found)
     torch.manual_seed(settings.seed)
     model = make_model(settings, data, machine, checkpoint)
     settings = as_used(settings, model, checkpoint)
@@ -119,7 +116,7 @@ def train(
         folder.begin(checkpoint, settings)
     with (
         Metrics(folder.path, settings, progress.step, checkpoint is not None, machine.ranks.is_main) as metrics,
-        CheckpointWriter(folder.path, model, optimizer, settings, data, machine) as writer,
+        CheckpointWriter(folder.path, model, optimizer, settings, data, machine.ranks) as writer,
         StopSignals(machine.ranks, machine.note) as signals,
     ):
         form_buckets(parallel, machine, (settings.micro_batch_size, settings.block_size))
@@ -154,14 +151,13 @@ def train(
         why = f"{signals.asked or 'a signal to another rank'}: stopped after step {progress.step}"
         machine.note(f"{why}, whose checkpoint is written; the same command with --init_from=auto goes on")
         sys.exit(EXIT_CODE)
-    content = "checkpoints/, metrics.jsonl and settings.json"
-    machine.note(f"done: {folder.path} has {content}; python plot.py {folder.path} draws the losses")
+    machine.note(f"done: {folder.path} has checkpoints/, metrics.jsonl and settings.json; plot.py draws the losses")
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = errors.Unbreakable(sys.stdout), errors.Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
-        errors.run(main)
-        ranks.leave(0)
+        run(main)
+        leave(0)
     except SystemExit as stop:
-        ranks.leave(stop.code)
+        leave(stop.code)

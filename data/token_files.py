@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from data.tokenizers import GPT2, KNOWN, TOKENIZERS, fits
-from run import randomness
 from run.errors import RankError, UserError
 from run.files import read_json
+from run.randomness import DATA, stream
 from run.settings import ROOT
 
-CHECKED_TOKENS = 2**28  # of each split when it is opened (half a gigabyte); every batch is checked when it is read
+CHECKED_TOKENS = 2**28  # in each split when it is opened (half a gigabyte); every batch is checked when it is read
 PIECE_TOKENS = 2**24
-SAMPLES, SAMPLE_TOKENS = 64, 2**10  # of a split, for its fingerprint
+SAMPLES, SAMPLE_TOKENS = 64, 2**10  # from a split, for its fingerprint
 PROGRESS = "progress.json"  # in a folder whose data set is being prepared
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024  # llm.c's .bin files begin with 256 int32: magic, version, tokens, …
 
@@ -54,7 +54,7 @@ class TokenData:
 
     def train_rows(self, seed: int, step: int, batch_size: int, start: int, stop: int) -> Tensor:
         """Sequences `start` to `stop` of the `batch_size` of a step. They depend on (seed, step) and the data alone."""
-        random = np.random.default_rng(randomness.stream(seed, randomness.DATA, step))
+        random = np.random.default_rng(stream(seed, DATA, step))
         starts = random.integers(0, len(self.train) - self.block_size, size=batch_size)
         return self._rows(self.train, starts[start:stop])
 
@@ -124,14 +124,9 @@ class Tokens:
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """`length` tokens from each of `starts`, uint16 (len(starts), length)."""
-        return np.stack([self._read(start, start + length) for start in starts.tolist()])
+        return np.stack([self.read(start, start + length) for start in starts.tolist()])
 
-    def pieces(self, count: int | None = None) -> Iterator[np.ndarray]:
-        """The first `count` tokens or all of them, uint16, up to PIECE_TOKENS at a time."""
-        for start, stop in chunks(0, min(len(self), count or len(self)), PIECE_TOKENS):
-            yield self._read(start, stop)
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int) -> np.ndarray:
         first, end = bisect.bisect_right(self.bounds, start) - 1, bisect.bisect_left(self.bounds, stop)
         files = zip(self.files[first:end], self.bounds[first:end], strict=True)
         parts = [file[max(start - begin, 0) : stop - begin] for file, begin in files]
@@ -142,11 +137,6 @@ def check_range(tokens: np.ndarray, vocab_size: int, name: str) -> None:
     """RankError where a token of `tokens` (uint16, any shape) is not in the vocabulary."""
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise RankError(f"{name} has the token id {largest}, beyond the vocabulary of {vocab_size}")
-
-
-def data_folder(dataset: str) -> Path:
-    """The folder that a `dataset` setting names: a path, or the name of a folder in data/."""
-    return Path(dataset) if "/" in dataset else ROOT / "data" / dataset
 
 
 def open_tokens(folder: Path, split: str) -> Tokens:
@@ -166,15 +156,15 @@ def open_tokens(folder: Path, split: str) -> Tokens:
 
 
 def open_data(dataset: str, block_size: int) -> TokenData:
-    """Open a data set, with every check that can be made before training on it. UserError where one fails."""
-    folder = data_folder(dataset)
+    """Open a folder, or one in data/ by its name. UserError where a check that can be made before training fails."""
+    folder = Path(dataset) if "/" in dataset else ROOT / "data" / dataset
     train, val = open_tokens(folder, "train"), open_tokens(folder, "val")
     meta = read_meta(folder)
     for tokens in (train, val):
         if len(tokens) <= block_size:
             raise UserError(f"{tokens.name} has {len(tokens)} tokens, fewer than one block of {block_size + 1 = }")
-        for piece in tokens.pieces(CHECKED_TOKENS):
-            check_range(piece, meta["vocab_size"], tokens.name)
+        for first, last in chunks(0, min(len(tokens), CHECKED_TOKENS), PIECE_TOKENS):
+            check_range(tokens.read(first, last), meta["vocab_size"], tokens.name)
     has_meta = (folder / "meta.json").exists()
     return TokenData(folder, meta["tokenizer"], meta["vocab_size"], train, val, block_size, has_meta)
 

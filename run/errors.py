@@ -1,12 +1,10 @@
 """Errors that are the user's to mend: one clear line and an exit code, never a traceback. And those of the machine."""
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -31,29 +29,6 @@ class Unwritten(UserError):  # a checkpoint that the run cannot do without could
 
 class Diverged(UserError):  # the loss or the gradient is no longer a finite number
     exit_code = 3
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser with one-line complaints and Paths that may begin with ~. `text` is the script's docstring."""
-
-    def __init__(self, text: str | None):
-        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.register("type", Path, lambda path: Path(os.path.expanduser(path)))  # bash leaves --option=~ as it is
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def between(least: int, most: int = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
-    """Converts an option's text to a number, for Parser.add_argument(type=…)."""
-
-    def convert(text: str) -> float:
-        number = kind(text)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return number
-
-    return convert
 
 
 class Unbreakable:
@@ -85,11 +60,6 @@ def silence(stream: TextIO) -> None:
 def warn(text: str) -> None:
     """Print a line beside a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory")  # of CUDA's allocator and of the CPU's
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def machine_at_fault(error: BaseException) -> str | None:
@@ -130,8 +100,10 @@ def run(main: Callable[[], None]) -> None:
         silence(sys.stdout)
         sys.exit(141)
     except Exception as error:
-        if is_out_of_memory(error):
-            say(f"rank {rank} ran out of memory ({str(error):.200}): lower micro_batch_size")
+        words = "out of memory", "can't allocate memory"  # CUDA's allocator's and the CPU's
+        if isinstance(error, MemoryError) or any(each in str(error) for each in words):
+            what = f"rank {rank} ran out of memory ({str(error):.200})"
+            say(f"{what}: lower micro_batch_size (of tools.evaluate: --batch_size)")
             sys.exit(UserError.exit_code)
         if not (fault := machine_at_fault(error)):
             raise

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 2**20  # of a file that somebody wrote by hand, or a program in a few lines
+MAX_BYTES = 2**20  # a file that somebody wrote by hand, or a program in a few lines, is shorter
 
 
 def write_json(path: Path, value: Any) -> None:

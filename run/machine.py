@@ -16,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
-from run import ranks
 from run.errors import RankError, UserError
-from run.ranks import Ranks
+from run.ranks import Ranks, environment, join
 from run.settings import Settings
 
 # TFLOP/s of dense bfloat16 products with float32 sums, by model. Sources: NVIDIA's data sheets (half of what they give
@@ -64,19 +63,14 @@ def find_device(name: str) -> torch.device:
     """The device a `device` setting means on this machine; UserError where there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", name):
         raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise UserError(
-            f"device = {name!r}: this machine has no {device.type.upper()} device; use --device=auto or --device=cpu"
-        )
+        raise UserError(f"device = {name!r}: this machine has no {device.type.upper()} device; use auto or cpu")
     if device.type != "cuda":
         return device
-    if device.index is not None and ranks.environment()[1] > 1:
+    if device.index is not None and environment()[1] > 1:
         raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
     index = int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index
     if index >= (count := torch.cuda.device_count()):
@@ -140,13 +134,8 @@ def set_up(settings: Settings) -> Machine:
     # otherwise attention that is compiled and checkpointed draws its dropout on CUDA from generators of its own, which
     # torch.manual_seed does not reach (torch 2.13): a resumed run would draw other masks
     torch._functorch.config.graphsafe_rng_functionalization = False
-    machine = Machine(
-        device=device,
-        dtype=dtype,
-        compile=settings.compile and has_compiler(device),
-        ranks=ranks.join(device, settings.backend, settings.timeout),
-        plain_attention=plain_attention,
-    )
-    if settings.compile and not machine.compile:
+    compile = settings.compile and has_compiler(device)
+    machine = Machine(device, dtype, compile, join(device, settings.backend, settings.timeout), plain_attention)
+    if settings.compile and not compile:
         machine.note("no compiler found for torch.compile: going on without it, which is slower")
     return machine

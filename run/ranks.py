@@ -23,9 +23,7 @@ def environment() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job. All of them call its collectives, in the same order; with one rank these do
-    nothing.
-    """
+    """This process among those of the job. All call its collectives in one order; with one rank these do nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -44,14 +42,6 @@ class Ranks:
         if self.world_size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. The hosts ask each other, and wait for no device."""
-        if self.world_size == 1:
-            return flag
-        flags = torch.tensor([int(flag)])
-        self.all_reduce([flags])
-        return bool(flags)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the tensor, in place, by rank 0's."""

@@ -26,7 +26,7 @@ OPTIMIZER_DEFAULTS = {
     "sophiag": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "rho": 0.05, "hessian_batch_size": 240},
     "muon": {"beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
 }
-AVERAGED_HESSIAN_BATCH_SIZE = 32  # of sophiag with hessian_estimator=averaged, which needs fewer sequences
+AVERAGED_HESSIAN_BATCH_SIZE = 32  # sophiag's with hessian_estimator=averaged needs fewer sequences
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:
@@ -40,9 +40,7 @@ class Settings:
 
     # input and output
     out_dir: str = setting("out", "folder for checkpoints, settings.json and metrics.jsonl")
-    init_from: str = setting(
-        "scratch", "'scratch', 'resume', 'auto' (resume if it can), or weights: a hub name, a folder or a ckpt.pt"
-    )
+    init_from: str = setting("scratch", "'scratch', 'resume', 'auto' (resume if it can), a hub name, folder or ckpt.pt")
     dataset: str = setting("openwebtext", "name of a folder in data/, or a path with a slash in it")
     eval_interval: int = setting(1000, "steps between evaluations; each writes a checkpoint", least=1)
     eval_sequences: int = setting(0, "validation blocks to evaluate, evenly spread; 0 takes all of the split", least=0)
@@ -70,27 +68,15 @@ class Settings:
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer", least=0)
     beta1: float | None = setting(None, "decay of the momentum; None: by optimizer", least=0, below=1)
-    beta2: float | None = setting(
-        None, "decay of the second moment, momentum (lion) or Hessian; None: by optimizer", least=0, below=1
-    )
+    beta2: float | None = setting(None, "decay of second moment, h, or lion's m; None: by optimizer", least=0, below=1)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
-    rho: float | None = setting(
-        None, "Sophia: the larger, the fewer coordinates are clipped; None: by optimizer", least=0
-    )
+    rho: float | None = setting(None, "Sophia: larger, fewer coordinates are clipped; None: by optimizer", least=0)
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one", least=1)
     hessian_batch_size: int | None = setting(None, "Sophia: sequences per estimate; None: 32 (H, averaged), 240 (G)")
-    hessian_micro_batch_size: int | None = setting(
-        None,
-        "sophiah: sequences per pass on one device, which keeps twice as much as training; None: half a micro-batch",
-        least=1,
-    )
-    hessian_estimator: Literal["paper", "averaged"] = setting(
-        "paper", "sophiag: square the gradient of all the sequences, or average the squares of groups of them"
-    )
+    hessian_micro_batch_size: int | None = setting(None, "sophiah: sequences a pass; None: half a micro-batch", least=1)
+    hessian_estimator: Literal["paper", "averaged"] = setting("paper", "sophiag: one squared gradient, or mean of many")
     hessian_group_size: int = setting(4, "sophiag, averaged: sequences per group, in one forward pass", least=1)
-    hessian_bias_correction: bool = setting(
-        False, "Sophia: divide h by 1 - beta2^estimates, as Adam does; not the paper's"
-    )
+    hessian_bias_correction: bool = setting(False, "Sophia: divide h by 1 - beta2^estimates; not the paper's")
     # learning-rate schedule
     max_iters: int = setting(100_000, "optimizer steps of the whole run", least=1)
     decay_lr: bool = setting(True, "cosine decay to min_lr; otherwise constant after the warm-up")
@@ -115,10 +101,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # What a setting may be: `float | None` gives (float, NoneType), Literal["auto", "gloo"] gives ("auto", "gloo").
 ALLOWED = {name: typing.get_args(field.type) or (field.type,) for name, field in FIELDS.items()}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
-USAGE = """usage: python train.py [CONFIG.py …] [--name=value …]
-
-Later wins. A config file holds lines of the form name = LITERAL, or include = 'other.py'.
-"""
+USAGE = """usage: python train.py [CONFIG.py …] [--name=value …]     later wins
+A config file holds lines of the form name = LITERAL, or include = 'other.py'."""
 
 
 def read(arguments: Sequence[str]) -> Settings:

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+import torch
+
 from run.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
@@ -13,17 +15,17 @@ SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SIGINT",
 
 
 class StopSignals:
-    """Within this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, for the loop to stop after its step: `asked`
-    names the first. Without torchrun, a second SIGINT (Ctrl-C) interrupts at once; torchrun passes each on once more.
-    """
+    """Within this context signals are noted, `asked` names the first; a second Ctrl-C interrupts at once."""
 
     def __init__(self, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
         self.ranks, self.note = ranks, note  # which shows a line
 
     def stop_requested(self) -> bool:
-        """Whether a signal reached any rank; all of them ask after each step."""
-        return self.ranks.any(self.asked is not None)
+        """Whether a signal reached any rank: the hosts ask each other after each step, and wait for no device."""
+        flag = torch.tensor([int(self.asked is not None)])
+        self.ranks.all_reduce([flag])
+        return bool(flag)
 
     def __enter__(self) -> "StopSignals":
         # one that is ignored stays so, as SIGHUP under nohup
@@ -39,5 +41,5 @@ class StopSignals:
         if not self.asked:
             self.asked = signal.Signals(number).name
             self.note(f"{self.asked}: finishing the step, then writing a checkpoint")
-        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):
+        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):  # which passes it on once more
             raise KeyboardInterrupt

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 from run import errors
+from run.options import Parser, between
 from run.settings import ROOT
 from studies import curvature, horizon, losses, parts, report, runs, toy
 from studies.claims import verdicts
@@ -22,12 +23,12 @@ STUDIES = {"losses": losses, "curvature": curvature, "horizon": horizon, "parts"
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     choices = [*STUDIES, "searches", "toy", "report"]
     parser.add_argument("studies", nargs="+", choices=choices, metavar="STUDY", help=", ".join(choices))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (default %(default)s)")
     parser.add_argument("--dataset", help="as for train.py (default: the scale's)")
-    parser.add_argument("--jobs", type=errors.between(1), default=1, help="runs side by side (default %(default)s)")
+    parser.add_argument("--jobs", type=between(1), default=1, help="runs side by side (default %(default)s)")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "studies", help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of the results (default studies/results[/SCALE])")
     parser.add_argument("--plan", action="store_true", help="only say what would be run")

@@ -31,7 +31,7 @@ class Elsewhere:
             wanted[LABELS[name]] = best
             for factor in self.rates:
                 rate = factor * best["learning_rate"]
-                change = self.change if "hessian_batch_size" in best else without_curvature(self.change)
+                change = {name: value for name, value in self.change.items() if name in best}
                 wanted[f"{LABELS[name]}, larger {self.name}, {rate:g}"] = best | change | {"learning_rate": rate}
         return run_groups(runner, wanted, scale.seeds[:SEEDS])
 
@@ -55,10 +55,6 @@ class Elsewhere:
 
 def labels(groups: Groups, optimizer: str) -> list[str]:
     return [label for label in groups if label.startswith(f"{optimizer}, larger")]
-
-
-def without_curvature(change: Settings) -> Settings:
-    return {name: value for name, value in change.items() if not name.startswith("hessian")}
 
 
 BATCH = Elsewhere("batch", {"batch_size": 128, "hessian_batch_size": 32}, rates=(1, 2, 4))

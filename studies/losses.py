@@ -55,10 +55,8 @@ def claims(groups: Groups) -> list[Claim]:
         text = f"{name} ends below AdamW: its loss less AdamW's, both at "
         found.append(Claim(f"better {name}", f"{text}N", final[name] - adamw))
         found.append(Claim(f"better {name} 2", f"{text}2 N", final[f"{name}, 2 N"] - twice))
-    return [
-        *found,
-        Claim("better Muon", "Muon ends below AdamW: its loss less AdamW's, both at N", final["Muon"] - adamw),
-    ]
+    text = "Muon ends below AdamW: its loss less AdamW's, both at N"
+    return [*found, Claim("better Muon", text, final["Muon"] - adamw)]
 
 
 def markdown(groups: Groups) -> str:
@@ -66,9 +64,7 @@ def markdown(groups: Groups) -> str:
 
 
 def speedups(groups: Groups) -> str:
-    """How many steps AdamW needs for each optimizer's loss, over that optimizer's; read off the lines between AdamW's
-    ends of schedules, seed by seed.
-    """
+    """AdamW's steps to each optimizer's loss over that one's, by lines between the ends of AdamW's schedules."""
     curve = sorted((group[0].settings["max_iters"], name) for name, group in groups.items() if name.startswith("AdamW"))
     steps = np.array([count for count, _ in curve])
     ends = np.array([losses(groups[name]) for _, name in curve])  # (schedules, seeds)
@@ -77,10 +73,8 @@ def speedups(groups: Groups) -> str:
         own = group[0].settings["max_iters"]
         if name.startswith("AdamW") or own != groups["AdamW"][0].settings["max_iters"]:
             continue
-        ratios = [
-            np.interp(-result.loss, -ends[:, seed], steps / own, left=0, right=np.inf)
-            for seed, result in enumerate(group)
-        ]
+        pairs = zip(losses(group), ends.T, strict=True)
+        ratios = [np.interp(-loss, -adamw, steps / own, left=0, right=np.inf) for loss, adamw in pairs]
         rows.append([name, ", ".join(in_words(ratio, steps / own) for ratio in ratios)])
     return markdown_table("effective speed-up over AdamW | of each seed", rows)
 
@@ -96,9 +90,8 @@ def search_table(found: dict[str, Tuned]) -> str:
     for name, search in found.items():
         best, fresh = search.settings, losses(search.finalists[search.best])
         untried = [near for near in search.space.neighbours(search.best) if near not in search.tried]
-        inside = all(
-            0 <= place < len(axis) for place, axis in zip(search.best, search.space.axes.values(), strict=True)
-        )
+        places = zip(search.best, search.space.axes.values(), strict=True)
+        inside = all(0 <= place < len(axis) for place, axis in places)
         others = [f"{losses(runs).mean():.4f}" for point, runs in search.finalists.items() if point != search.best]
         rows.append([
             LABELS[name], len(search.tried), sum(not np.isfinite(run.loss) for run in search.tried.values()),
@@ -106,10 +99,8 @@ def search_table(found: dict[str, Tuned]) -> str:
             "in the first grid" if inside else "past its edge", len(untried),
             f"{search.tried[search.best].loss:.4f}", f"{fresh.mean():.4f}", ", ".join(others),
         ])  # fmt: skip
-    return markdown_table(
-        "tuning | runs | diverged | best | where | neighbours not tried | its loss | fresh seeds | the next two",
-        rows,
-    )
+    header = "tuning | runs | diverged | best | where | neighbours not tried | its loss | fresh seeds | the next two"
+    return markdown_table(header, rows)
 
 
 def figure(groups: Groups) -> Figure:
@@ -120,9 +111,7 @@ def figure(groups: Groups) -> Figure:
         curves = np.array([result.curve[1:] for result in groups[name]])  # (seeds, points, 2)
         draw_band(axes, number, name, curves[0, :, 0], curves[:, :, 1])
     ends = [losses(groups[name]).mean() for name in drawn]
-    axes.set_ylim(min(ends) - 0.03, max(ends) + 0.5)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set(ylim=(min(ends) - 0.03, max(ends) + 0.5), xlabel="steps", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     return drawing

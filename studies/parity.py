@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from data.token_files import open_data
 from run import errors
 from run.machine import Machine, set_up
+from run.options import Parser
 from run.settings import OPTIMIZER_DEFAULTS, Settings, read
 from sophia import labels_from_uniforms
 from studies import peers
 from train import update
 from training.batches import Batches
 from training.curvature import Curvature
-from training.optimizers import betas, learning_rate, make_optimizer
+from training.optimizers import Optimizer, betas, learning_rate, make_optimizer
 from training.start import make_model
 
 STEPS = 100
@@ -34,7 +35,7 @@ SHOWN = (1, 3, 10, 30, 100)  # the steps whose losses are printed
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", required=True, help="what to compare with")
     options, arguments = parser.parse_known_args()
     settings = read(arguments)
@@ -57,11 +58,8 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
     with contextlib.redirect_stdout(sys.stderr):  # where peers may print what they like
         model = peers.model(settings, folder, data.padded_vocab_size).to(machine.device)
     model.transformer.load_state_dict(ours.state_dict(), strict=False)  # the released model has masks besides
-    names = {param: name for name, param in ours.named_parameters()}
-    theirs = dict(model.transformer.named_parameters())
-    groups = [
-        group | {"params": [theirs[names[param]] for param in group["params"]]} for group in optimizer.param_groups
-    ]
+    theirs = {param: model.transformer.get_parameter(name) for name, param in ours.named_parameters()}
+    groups = [group | {"params": [theirs[param] for param in group["params"]]} for group in optimizer.param_groups]
     losses = their_losses(model, peers.optimizer(groups, settings, folder), settings, Batches(data, settings, machine))
     step_of = functools.partial(update, model=ours, optimizer=optimizer, batches=batches, curvature=curvature)
     pairs = [(step_of(step).loss.item(), next(losses)) for step in range(1, STEPS + 1)]
@@ -72,9 +70,7 @@ def compare(folder: Path, settings: Settings, machine: Machine) -> dict[str, Any
     }
 
 
-def their_losses(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, batches: Batches
-) -> Iterator[float]:
+def their_losses(model: nn.Module, optimizer: Optimizer, settings: Settings, batches: Batches) -> Iterator[float]:
     """Train the peer's model. Gives the mean loss over the batch of every update."""
     tokens = {"bs": settings.batch_size * settings.block_size} if settings.uses_curvature else {}
     for step in itertools.count(1):

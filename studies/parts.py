@@ -22,11 +22,8 @@ def groups(runner: Runner, scale: Scale) -> Groups:
     beta2, paper = best["beta2"], {"hessian_estimator": "paper", "hessian_batch_size": best["batch_size"] // 2}
     every = {f"an estimate every {n} steps": {"hessian_interval": n, "beta2": beta2 ** (n / 10)} for n in (1, 50)}
     changes = {TUNED: {}, **{rho_label(rho): {"rho": rho} for rho in RHO}, **every}
-    changes |= {
-        "the paper's estimator": paper,
-        "bias-corrected h": {"hessian_bias_correction": True},
-        NO_CLIPPING: {"grad_clip": 0.0},
-    }
+    changes |= {"the paper's estimator": paper, "bias-corrected h": {"hessian_bias_correction": True}}
+    changes[NO_CLIPPING] = {"grad_clip": 0.0}
     wanted = {label: best | change for label, change in changes.items()}
     wanted |= {"AdamW": adamw, f"AdamW, {NO_CLIPPING}": adamw | {"grad_clip": 0.0}}
     return run_groups(runner, wanted, scale.seeds[:SEEDS])
@@ -37,9 +34,7 @@ def rho_label(rho: float) -> str:
 
 
 def flattest(groups: Groups) -> tuple[list[str], bool]:
-    """The 16-fold range of rho over which the mean losses differ least, of those with so different shares of unclipped
-    coordinates, if there is one; and whether there is.
-    """
+    """The 16-fold range of rho that spans UNCLIPPED, or else any, with the flattest mean loss; and whether it does."""
 
     def spans(labels: list[str]) -> bool:
         shares = [mean_of(groups[label], "win_rate") for label in labels]

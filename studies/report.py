@@ -66,12 +66,9 @@ def filled(section: str, known: dict[str, Known], values: dict[str, Any]) -> str
 
 
 def claims_table(claims: list[Claim], words: dict[str, str]) -> str:
-    rows = [
-        [
-            claim.text, len(claim.difference), in_words(claim), f"{claim.confirmed_below:+.4f}",
-            f"{claim.refuted_above:+.4f}", words[claim.name],
-        ]
-        for claim in claims
-    ]  # fmt: skip
+    rows = []
+    for claim in claims:
+        bounds = f"{claim.confirmed_below:+.4f}", f"{claim.refuted_above:+.4f}"
+        rows.append([claim.text, len(claim.difference), in_words(claim), *bounds, words[claim.name]])
     header = "claim | seeds | mean difference (95 % interval) | confirmed below | refuted above | answer"
     return markdown_table(header, rows)

@@ -28,7 +28,7 @@ from training import metrics
 from training.batches import check_batch
 from training.start import shape_of
 
-KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # of the last row of a run's metrics.jsonl
+KEPT = "step tokens seconds flops train/loss clip_rate win_rate".split()  # from the last row of a run's metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ class Result:
 
 
 class Ledger:
-    """The runs that ended, a JSON object a line. Tables are made of it, and nothing in it is run again. It is published
-    beside the tables, so that a study goes on on another machine.
-    """
+    """The runs that ended, a JSON object a line, from which tables are made; published beside them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,9 +128,7 @@ class Runner:
 
 
 class Plan:
-    """Takes the place of a Runner, and runs nothing: it collects what a study would ask for. Runs that have not ended
-    get a made-up loss, lowest for the first of those asked for at once.
-    """
+    """In place of a Runner: collects what a study asks for, and makes up losses, the first lowest, for missing runs."""
 
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
@@ -205,9 +201,7 @@ def new_model(settings: dict[str, Any]) -> GPT:
 
 
 def fingerprints(settings: dict[str, Any]) -> dict[str, str]:
-    """What runs that are compared must have in common: hashes of the tokens of a run's batches in their order, of its
-    initial weights, and of the validation blocks.
-    """
+    """What compared runs share: hashes of their batches in order, their initial weights, and the validation blocks."""
     full = completed(settings)
     data = open_data(full.dataset, full.block_size)
     hashes = {"batches": hashlib.sha256(), "initial_weights": hashlib.sha256(), "validation": hashlib.sha256()}

@@ -21,13 +21,13 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Scale:
-    base: Settings  # of every run
+    base: Settings  # shared by every run
     optimizers: dict[str, Settings]  # besides the base, by LABELS' keys
-    axes: dict[str, Axes]  # of the searches; without one an optimizer's settings are tuned already
+    axes: dict[str, Axes]  # to search; an optimizer without any is tuned already
     lengths: dict[float, tuple[str, ...]]  # besides the scale's own: times its steps, and the optimizers
     final: Settings = field(default_factory=dict)  # besides the tuned settings, in the final runs
-    budget: Budget = field(default_factory=Budget)  # of a search
-    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # of the final runs, which no search has seen
+    budget: Budget = field(default_factory=Budget)  # for a search
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # for the final runs; no search has seen them
 
     def settings(self, optimizer: str) -> Settings:
         return self.base | self.optimizers[optimizer]

@@ -1,9 +1,8 @@
 """Tuning, the same for every optimizer: runs spread over a grid, the neighbours of the best, then fresh seeds.
 
-The first runs are spread by a quasi-random sequence (Sobol's). Then come the untried neighbours of the best so far, a
-step along one axis; where the best has none left, those of the next best, until there are enough runs. A search does
-not end while the best has an untried neighbour. An axis goes on past its ends, so that no best lies on an edge. The
-best of many runs is partly luck. So the first three run again with fresh seeds, and the mean of these decides.
+The first runs are spread by Sobol's sequence. Then come the untried neighbours of the best so far, a step along one
+axis, or where it has none those of the next best, until there are enough runs. A search ends when the best has none. An
+axis goes on past its ends. The best of many is partly luck: the first three run again, and fresh seeds decide.
 """
 
 from collections.abc import Iterator

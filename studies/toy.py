@@ -2,9 +2,8 @@
 
     L(theta) = 8 (theta_1 - 1)^2 (1.3 theta_1^2 + 2 theta_1 + 1) + (theta_2 - 4)^2 / 2
 
-It is sharp and not convex along theta_1, flat along theta_2, and its minimum is (1, 4). Gradient descent, SignGD and
-Adam take steps small enough for theta_1 and are slow along theta_2, Newton walks to the saddle at theta_1 = 0, and
-Sophia's clipped Newton steps arrive. Curvature is the exact Hessian diagonal here, taken anew at every step.
+Its minimum is (1, 4). Gradient descent, SignGD and Adam take steps small enough for theta_1 and are slow along theta_2,
+Newton walks to a saddle, and Sophia's clipped steps arrive. Curvature is the exact Hessian diagonal, at every step.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,7 @@ def test_a_sample_stops_where_its_document_ends(train, call, tmp_path, monkeypat
     options = [sample, "--out_dir", tmp_path / "run", "--temperature", 0]
     (tmp_path / "lines.txt").write_text("hihi\nh\nhi")
     assert call(*options, "--start", "h") == "hi\n"
-    rule = "\n" + "-" * 40 + "\n"
+    rule = "\n\n" + "-" * 40 + "\n"
     assert call(*options, "--prompts", tmp_path / "lines.txt") == rule.join(["hihi", "hi", "hi"]) + "\n"
     assert len(looked_up) < 50  # rather than for 500 tokens each
     found = call(*options, "--start", "h", "--max_new_tokens", 7, "--ignore_eos")

@@ -213,10 +213,10 @@ def with_gradient(param, gradient):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda it, a, b: with_gradient(b, torch.ones(3).bfloat16()), "gradient 1 is torch.bfloat16, .* torch.float32"),
+        (lambda it, a, b: with_gradient(b, torch.ones(3).bfloat16()), "gradient 1 is torch.bfloat16 .* torch.float32"),
         (lambda it, a, b: with_gradient(b, torch.ones(3).to_sparse()), "gradient 1 is sparse"),
         (lambda it, a, b: it.state[b].update(exp_avg=torch.ones(3).bfloat16()), "exp_avg 1 is torch.bfloat16"),
-        (lambda it, a, b: it.state[b].update(exp_avg=torch.ones(2)), r"exp_avg 1 has shape \(2,\), .* \(3,\)"),
+        (lambda it, a, b: it.state[b].update(exp_avg=torch.ones(2)), r"exp_avg 1 is .* \(2,\), .* \(3,\)"),
         (lambda it, a, b: it.state[b].update(exp_avg_sq=torch.ones(3)), "state of parameter 1 is .*exp_avg_sq"),
         (lambda it, a, b: it.add_param_group({"params": torch.ones(2) * 1j}), "parameter 2 is torch.complex64"),
     ],
@@ -258,7 +258,7 @@ def test_an_estimate_that_does_not_fit_is_refused_and_changes_nothing():
     params, optimizer = quadratic(SophiaG)
     with pytest.raises(ValueError, match="1 tensors, the optimizer 2 parameters"):
         optimizer.update_hessian([params[0]])
-    with pytest.raises(ValueError, match=r"estimate 1 has shape \(4,\), its parameter \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"estimate 1 is .* \(4,\), its parameter .* \(3, 2\)"):
         optimizer.update_hessian([params[0], params[0]])
     with pytest.raises(RuntimeError, match="estimate 1 is sparse"):  # as that of Embedding(…, sparse=True) is
         optimizer.update_hessian([params[0], params[1].detach().to_sparse()])

@@ -17,7 +17,6 @@ import pytest
 import tiktoken
 import zstandard
 
-from data import inspect_data
 from data.preparation import sources, writer
 from data.preparation.writer import TextSource, write_data_set
 from data.token_files import open_data
@@ -434,20 +433,3 @@ def test_shakespeare_is_cut_at_nine_tenths(call, refused, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     assert "not text in UTF-8" in refused(lambda: call(script, "--file", tmp_path / "bad.txt"))
     assert "No such file" in refused(lambda: call(script, "--file", tmp_path / "none.txt"))
-
-
-def test_inspection_finds_what_is_wrong(call, refused, tmp_path):
-    texts = {"train": ["short", "x" * 300, "word " * 2000], "val": ["to validate"]}
-    write_data_set(tmp_path / "set", TextSource("a test", texts), Bytes(), 1)
-    printed = call(inspect_data, tmp_path / "set")
-    assert "10,308 tokens, 3 documents" in printed
-    assert "begins: 'short" in printed
-    assert printed.count("checksum as in meta.json") == 2
-    assert "mean 3,436; 5 % up to 36, 25 % up to 154, 50 % up to 301" in printed
-    path = tmp_path / "set/train.bin"
-    good = path.read_bytes()
-    path.write_bytes(b"a" + good[1:])
-    assert "train.bin is not the file that meta.json describes" in refused(lambda: call(inspect_data, tmp_path / "set"))
-    path.write_bytes(good[:-2] + b"\x00\x07")
-    assert "has the token id 1792, beyond the vocabulary" in refused(lambda: call(inspect_data, tmp_path / "set"))
-    assert "does not exist" in refused(lambda: call(inspect_data, tmp_path / "nothing"))

@@ -20,13 +20,13 @@ from data.tokenizers import TOKENIZERS
 from model import GPT, GPTConfig
 from plot import read_curves
 from run.files import write_json
+from sample import load_model
 from tests import conftest
 from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
 from tests.test_train import fake_wandb
 from tools import evaluate, export
-from tools.hugging_face import tokenizer_files, write_weights
+from tools.export import tokenizer_files, write_weights
 from training import pretrained
-from training.pretrained import load_model
 
 TINY = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
 

@@ -15,8 +15,7 @@ from run.machine import Machine
 from run.ranks import Ranks
 from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUNDS, difference, settings_of, torchrun
-from training.parallel import wrap
-from training.start import check_same_job
+from training.start import check_same_job, wrap
 
 LONG = {"max_iters": 40, "eval_interval": 20, "dropout": 0.1, "hessian_interval": 10}
 

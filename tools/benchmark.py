@@ -31,18 +31,18 @@ from data.tokenizers import GPT2
 from model import GPT
 from run import errors
 from run.machine import Machine, set_up
+from run.options import Parser, between
 from run.settings import Settings, complete, read
 from studies import peers
 from train import accumulate_gradients, update
 from training.batches import Batches, check_batch
 from training.curvature import Curvature
 from training.optimizers import make_optimizer, parameters
-from training.parallel import wrap
-from training.start import make_model, shape_of
+from training.start import make_model, shape_of, wrap
 
 WARM_UP = 3  # rounds before those that count
 PAPER_BATCH = 480  # sequences of a step
-PROMPT, TOKENS = 16, 500  # of a text
+PROMPT, TOKENS = 16, 500  # in a text
 # The settings of each estimator, and how many sequences of a step it takes
 ESTIMATORS = {
     "hutchinson": ({"optimizer": "sophiah"}, 32),
@@ -80,7 +80,7 @@ def our_step(settings: Settings) -> Callable[[bool], None]:
     machine, data = set_up(settings), random_tokens(settings)
     model, batches = make_model(settings, data, machine, None), Batches(data, settings, machine)
     optimizer, curvature = make_optimizer(model, settings, machine), Curvature(model, settings, machine, batches)
-    parallel, numbers = wrap(model, machine), {True: 1, False: 2}  # of the next updates with and without an estimate
+    parallel, numbers = wrap(model, machine), {True: 1, False: 2}  # the next updates with and without an estimate
 
     def step(with_estimate: bool) -> None:
         update(numbers[with_estimate], parallel, optimizer, batches, curvature)
@@ -155,9 +155,7 @@ def train(options: Namespace, settings: Settings, machine: Machine) -> dict[str,
 
 
 def curvature(options: Namespace, settings: Settings, machine: Machine) -> dict[str, Any]:
-    """Seconds of passes over batch_size sequences, and of updates. From these follow the overheads: by how much a step
-    of 480 sequences is longer than AdamW's, on average over hessian_interval steps.
-    """
+    """Seconds of passes over batch_size sequences and of updates, and from these Sophia's overheads over AdamW."""
     size, data = settings.batch_size, random_tokens(settings)
     model, updated = (make_model(settings, data, machine, None) for _ in range(2))
     batches, params = Batches(data, settings, machine), list(model.parameters())
@@ -240,20 +238,17 @@ def describe(machine: Machine) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.partition(":")[2].strip() for line in cpu_lines() if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     amx = torch.cpu._is_amx_tile_supported()  # with which products are three times as fast and the rest is not
     return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads{', AMX' if amx else ''}"
 
 
-def cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("benchmark", choices=["train", "curvature", "sample"])
-    parser.add_argument("--rounds", type=errors.between(1), default=10, help="rounds that are timed (default 10)")
+    parser.add_argument("--rounds", type=between(1), default=10, help="rounds that are timed (default 10)")
     parser.add_argument("--peer", nargs="+", type=Path, metavar="DIR", default=[], help="what to compare with")
     parser.add_argument("--json", action="store_true", help="print the result on one line")
     options, arguments = parser.parse_known_args()

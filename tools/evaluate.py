@@ -18,30 +18,28 @@ from typing import Any
 from run import errors
 from run.files import write_json
 from run.machine import find_device
+from run.options import Parser, between
 from run.settings import ROOT
+from sample import load_model
 from tools.export import write_model
-from training.pretrained import load_model
 
 TASKS = ROOT / "tools" / "tasks"
 SUPERGLUE = [f"superglue_{name}" for name in ("boolq", "cb", "copa", "rte")]
-SEED = 1234  # of the examples shown; the harness's own
+SEED = 1234  # for the examples shown; the harness's own
 Tasks = dict[str, list]  # by the task's name the harness's tasks, one for each prompt
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, GPT-2 weights' folder or hub name")
-    parser.add_argument("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
-    parser.add_argument(
-        "--shots", type=errors.between(0), default=2, help="solved examples shown (default %(default)s)"
-    )
-    parser.add_argument("--limit", type=errors.between(1), help="examples a task, the first ones, for a quick look")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="SuperGLUE's files, instead of the hub's")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument(
-        "--batch_size", type=errors.between(1), default=16, help="texts a forward pass (default %(default)s)"
-    )
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="run, checkpoint, GPT-2 weights' folder or hub name")
+    add("--tasks", default="superglue", help="comma-separated: superglue, or the harness's own names")
+    add("--shots", type=between(0), default=2, help="solved examples shown (default %(default)s)")
+    add("--limit", type=between(1), help="examples a task, the first ones, for a quick look")
+    add("--data", type=Path, metavar="FOLDER", help="SuperGLUE's files, instead of the hub's")
+    add("-o", "--output", type=Path, help="JSON file to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--batch_size", type=between(1), default=16, help="texts a forward pass (default %(default)s)")
     options = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("lm_eval is not installed: pip install -r tools/requirements.txt")
@@ -70,7 +68,7 @@ def main() -> None:
 def export(model: str, folder: Path) -> str:
     """Write a run's, a checkpoint's or another program's model for the harness. Returns what its weights are called."""
     is_run = Path(model).is_dir() and not (Path(model) / "config.json").is_file()
-    network, tokenizer, weights = load_model(model if is_run else None, None if is_run else model)
+    network, tokenizer, weights = load_model(Path(model), None if is_run else model)
     folder.mkdir()
     write_model(network, tokenizer, folder)
     return weights
@@ -111,9 +109,7 @@ def load_tasks(names: list[str], data: Path | None, shots: int) -> Tasks:
 
 
 def local_prompts(name: str, data: Path) -> list[dict[str, Any]]:
-    """The prompts of a task of SuperGLUE, to be asked about local files: these have the names that the archive gives
-    them, BoolQ/val.jsonl, or the hub's, boolq/validation.jsonl.
-    """
+    """The prompts of a SuperGLUE task for local files, named as in the archive, BoolQ/val.jsonl, or on the hub."""
     import yaml
 
     short = name.removeprefix("superglue_")
@@ -136,14 +132,7 @@ def scores(model: Any, tasks: Tasks, limit: int | None) -> dict[str, Any]:
     leaves = {task.task_name: task for prompts in tasks.values() for task in prompts}
     for task in leaves.values():
         task.set_fewshot_seed(SEED)  # every model and every prompt shows the same examples
-    try:
-        found = evaluate(model, {"tasks": leaves}, limit=limit, bootstrap_iters=0)
-    except Exception as error:
-        if not errors.is_out_of_memory(error):
-            raise
-        raise errors.UserError(f"out of memory ({str(error):.200}): lower --batch_size") from None
-
-    entries = {}
+    found, entries = evaluate(model, {"tasks": leaves}, limit=limit, bootstrap_iters=0), {}
     for name, prompts in tasks.items():
         samples = [found["samples"][task.task_name] for task in prompts]
         entries[name] = entry = {"examples": len(samples[0])}

@@ -18,6 +18,7 @@ from typing import Any
 from run import errors
 from run.files import write_json
 from run.machine import Machine, set_up
+from run.options import Parser
 from run.settings import ROOT, Settings, read
 from tools.benchmark import WARM_UP, describe, train
 from training.batches import check_batch
@@ -73,7 +74,7 @@ def screen(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    _, arguments = errors.Parser(__doc__).parse_known_args()
+    _, arguments = Parser(__doc__).parse_known_args()
     runs = {name: read([f"{ROOT}/config/{run[0]}", *run[1:], *COMMON, *arguments]) for name, run in RUNS.items()}
     for settings in runs.values():
         check_batch(settings, ranks=1)

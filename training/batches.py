@@ -1,6 +1,5 @@
 """This rank's share of every batch: for training, for curvature and for validation."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data.token_files import TokenData, chunks, pairs
-from run import randomness
 from run.machine import Machine
+from run.randomness import LABELS, torch_seed
 from run.settings import Settings, require_multiple
 
 
@@ -37,12 +36,9 @@ class Batches:
         """This rank's micro-batches of update `step`. Each is read while the device works on the one before."""
         start, stop = self.machine.ranks.slice(self.settings.batch_size)
         parts = list(chunks(start, stop, self.settings.micro_batch_size))
-        upcoming = [*((step, part) for part in parts[1:]), (step + 1, parts[0])]
+        upcoming = [*((step, *part) for part in parts[1:]), (step + 1, *parts[0])]
         for part, following in zip(parts, upcoming, strict=True):
-            started = time.perf_counter()
-            rows = self._ahead.take((step, part), following)
-            self.seconds_waited += time.perf_counter() - started
-            yield self._on_device(rows)
+            yield self._waited_for(self._ahead.take, (step, *part), following)
 
     def curvature(
         self, step: int, most: int, group: int = 1
@@ -54,12 +50,10 @@ class Batches:
         start, stop = self.machine.ranks.slice(self.settings.hessian_batch_size // group)
         size = max((part for part in divisors((stop - start) * group) if part <= most), default=most)
         for first, last in chunks(start * group, stop * group, size):
-            yield self._train_rows(step, first, last), (first, last)
+            yield self._waited_for(self._load, (step, first, last)), (first, last)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the fixed validation blocks. The last batch is filled up with targets of -1, so that
-        all have one shape.
-        """
+        """This rank's share of the validation blocks, in batches of one shape: targets of -1 fill up the last one."""
         size = self.settings.micro_batch_size
         starts = self.data.val_blocks(self.settings.eval_sequences)
         start, stop = self.machine.ranks.slice(len(starts))
@@ -73,18 +67,18 @@ class Batches:
 
     def label_uniforms(self, step: int) -> Tensor:
         """The random numbers, (2, hessian_batch_size, block_size), that draw the labels of update `step`."""
-        generator = torch.Generator().manual_seed(randomness.torch_seed(self.settings.seed, randomness.LABELS, step))
+        generator = torch.Generator().manual_seed(torch_seed(self.settings.seed, LABELS, step))
         shape = (2, self.settings.hessian_batch_size, self.settings.block_size)
         return self._pinned(torch.rand(shape, generator=generator)).to(self.machine.device, non_blocking=True)
 
-    def _train_rows(self, step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def _waited_for(self, load: Callable, *arguments: Any) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        rows = self._load((step, (first, last)))
+        rows = load(*arguments)
         self.seconds_waited += time.perf_counter() - started
         return self._on_device(rows)
 
-    def _load(self, key: tuple[int, tuple[int, int]]) -> Tensor:
-        step, (first, last) = key
+    def _load(self, key: tuple[int, int, int]) -> Tensor:
+        step, first, last = key
         return self._pinned(self.data.train_rows(self.settings.seed, step, self.settings.batch_size, first, last))
 
     def _pinned(self, tensor: Tensor) -> Tensor:
@@ -100,19 +94,15 @@ class Ahead:
     """Calls `load` for the next key in a thread of its own while the present one is worked on."""
 
     def __init__(self, load: Callable[[Any], Tensor], device: torch.device):
-        def set_up() -> None:
-            if device.type == "cuda":  # a thread begins with device 0, and pinned memory belongs to a device
-                torch.cuda.set_device(device)
-
-        self._load = load
-        self._pool = ThreadPoolExecutor(1, initializer=set_up)
-        self._next: tuple[Any, Future] | None = None
+        # a thread begins with device 0, and pinned memory belongs to a device
+        set_up = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
+        self._load, self._pool = load, ThreadPoolExecutor(1, "reader", *set_up)
+        self._begun: dict[Any, Future] = {}
 
     def take(self, key: Any, following: Any) -> Tensor:
         """The tensor of `key`, and a start with `following`'s."""
-        ready = self._next[1] if self._next and self._next[0] == key else self._pool.submit(self._load, key)
-        value = ready.result()
-        self._next = following, self._pool.submit(self._load, following)
+        value = (self._begun.get(key) or self._pool.submit(self._load, key)).result()
+        self._begun = {following: self._pool.submit(self._load, following)}
         return value
 
 
@@ -131,5 +121,4 @@ def check_batch(settings: Settings, ranks: int) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
-    return sorted({*small, *(number // candidate for candidate in small)})
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

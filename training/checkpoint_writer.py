@@ -12,23 +12,21 @@ from torch import Tensor
 
 from data.token_files import TokenData
 from model import GPT
-from run.errors import Unwritten, is_out_of_memory, warn
+from run.errors import Unwritten, warn
 from run.files import flush, write_json
-from run.machine import Machine
+from run.ranks import Ranks
 from run.settings import Settings
 from training.checkpoints import FILES, SUMS, Progress, checksum, folders, last_good, step_of
 from training.optimizers import Optimizer, state_by_name
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, on rank 0. The loop waits while `begin` copies the weights and the optimizer's state
-    to the host, and goes on while a thread writes them to the disk.
-    """
+    """Writes a run's checkpoints, on rank 0: `begin` copies them to the host, a thread writes them to the disk."""
 
     def __init__(
-        self, out_dir: Path, model: GPT, optimizer: Optimizer, settings: Settings, data: TokenData, machine: Machine
+        self, out_dir: Path, model: GPT, optimizer: Optimizer, settings: Settings, data: TokenData, ranks: Ranks
     ):
-        self.out_dir, self.model, self.optimizer, self.machine = out_dir, model, optimizer, machine
+        self.out_dir, self.model, self.optimizer, self.ranks = out_dir, model, optimizer, ranks
         self.keep = settings.keep_checkpoints
         self.description = {
             "tokenizer": data.tokenizer,
@@ -36,9 +34,8 @@ class CheckpointWriter:
             "model": dataclasses.asdict(model.config),
             "settings": dataclasses.asdict(settings),
         }
-        self.complaint: str | None = None  # why the last checkpoint could not be written
         self._thread = ThreadPoolExecutor(1)
-        self._written: Future | None = None
+        self._written: Future | None = None  # gives why it could not be written, or None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -49,49 +46,30 @@ class CheckpointWriter:
     def begin(self, progress: Progress) -> None:
         """Start with the checkpoint of a step. Waits for the one before to be written."""
         self.finish()
-        if self.machine.ranks.is_main:
+        if self.ranks.is_main:
             state = state_by_name(self.model, self.optimizer)
             tensors = {"model.safetensors": dict(self.model.named_parameters()), "optimizer.safetensors": state}
-            description = {"progress": dataclasses.asdict(progress)} | self.description
-            try:
-                copies = {file: on_the_host(named) for file, named in tensors.items()}
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.complaint = self._complain(progress, error)
-                return
-            self._written = self._thread.submit(self._write, dataclasses.replace(progress), copies, description)
+            copies = {file: on_the_host(named) for file, named in tensors.items()}
+            self._written = self._thread.submit(self._write, dataclasses.replace(progress), copies)
 
-    def finish(self) -> None:
-        """Wait until the checkpoint that was begun is on the disk, or has failed with a warning and a `complaint`."""
-        if self._written:
-            self.complaint = self._written.result()
-            self._written = None
+    def finish(self) -> str | None:
+        """Wait until the checkpoint that was begun is on the disk. Returns why it is not, if it is not."""
+        return self._written.result() if self._written else None
 
     def finish_or_fail(self) -> None:
         """On all ranks: wait until the checkpoint that was begun is on the disk; Unwritten where it failed."""
-        self.finish()
-        complaint = self.machine.ranks.broadcast_object(self.complaint)
-        if complaint:
+        if complaint := self.ranks.broadcast_object(self.finish()):
             raise Unwritten(f"{complaint}; {last_good(self.out_dir)}")
 
-    def _write(
-        self, progress: Progress, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]
-    ) -> str | None:
+    def _write(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> str | None:
         try:
-            write(self.out_dir, progress.step, tensors, description)
+            write(self.out_dir, progress.step, tensors, {"progress": dataclasses.asdict(progress)} | self.description)
         except (OSError, SafetensorError, MemoryError) as error:
-            return self._complain(progress, error)
-        try:
-            prune(self.out_dir, self.keep, progress.best_step)
-        except OSError as error:
-            warn(f"older checkpoints could not be removed: {error}")
+            complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
+            warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
+            return complaint
+        prune(self.out_dir, self.keep, progress.best_step)
         return None
-
-    def _complain(self, progress: Progress, error: Exception) -> str:
-        complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
-        warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
-        return complaint
 
 
 def on_the_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,9 +102,7 @@ def prune(out_dir: Path, keep: int, best_step: int | None) -> None:
     """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files."""
     for folder in folders(out_dir)[:-keep]:
         if step_of(folder) != best_step:
-            doomed = folder.with_name(folder.name + ".tmp")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")), ignore_errors=True)
 
 
 def set_aside(out_dir: Path, step: int) -> None:

@@ -22,7 +22,7 @@ from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run.errors import UserError, warn
 from run.files import read_json, read_small
-from run.settings import Settings, shorten
+from run.settings import Settings
 from training.optimizers import STATE
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -40,11 +40,11 @@ class Progress:
 
     started_from: str = "scratch"  # or the pretrained weights, whose shape the model then has
     step: int = 0  # completed updates
-    seconds: float = 0.0  # of training so far
+    seconds: float = 0.0  # spent training so far
     clipped_steps: int = 0  # updates whose gradient was clipped
-    val_loss: float | None = None  # of the last evaluation
+    val_loss: float | None = None  # at the last evaluation
     best_val_loss: float | None = None
-    best_step: int | None = None  # of the best validation loss
+    best_step: int | None = None  # that had it
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,9 @@ class Checkpoint:
         """The optimizer's state, as <parameter>/<name of the state>; empty before the first update."""
         state, optimizer = self._tensors("optimizer.safetensors"), self.settings["optimizer"]
         params = dict(model.named_parameters()) if self.progress.step else {}
-        parts = {path.rpartition("/"): tensor.shape for path, tensor in state.items()}  # (parameter, "/", state)
-        fits = all(
-            key in STATE[optimizer] and name in params and shape in ((), params[name].shape)
-            for (name, _, key), shape in parts.items()
-        )
-        if not fits or {name for name, _, _ in parts} != params.keys():
+        shapes = {f"{name}/{key}": ((), param.shape) for name, param in params.items() for key in STATE[optimizer]}
+        fits = all(tensor.shape in shapes.get(path, ()) for path, tensor in state.items())
+        if not fits or {path.rpartition("/")[0] for path in state} != params.keys():
             raise Damaged(f"{self.folder} is damaged: its optimizer state is not that of {optimizer}")
         return state
 
@@ -107,9 +104,7 @@ def find(folder: Path) -> Checkpoint:
 
 
 def newest(out_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is as it was written, with a warning of newer ones that are not; UserError
-    where there is none.
-    """
+    """A run's newest whole checkpoint, with a warning of newer ones that are damaged; UserError without any."""
     found = folders(out_dir)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train first, or name another folder with --out_dir=FOLDER")
@@ -119,10 +114,10 @@ def newest(out_dir: Path) -> Checkpoint:
             checkpoint = read(folder)
         except Damaged as error:
             complaints.append(str(error))
-            continue
-        for complaint in complaints:
-            warn(f"{complaint}: taking {folder.name}")
-        return checkpoint
+        else:
+            for complaint in complaints:
+                warn(f"{complaint}: taking {folder.name}")
+            return checkpoint
     raise UserError(f"{complaints[0]}; there is no other whole checkpoint in {out_dir}")
 
 
@@ -165,18 +160,7 @@ def refuse_other_run(checkpoint: Checkpoint, config: GPTConfig, settings: Settin
     before = dataclasses.asdict(checkpoint.config) | {"optimizer": checkpoint.settings["optimizer"]}
     for name, value in now.items():
         if value != before[name] and name != "dropout":
-            raise UserError(
-                f"{name} = {value!r}, but the checkpoint {checkpoint.folder} was trained with {before[name]!r}"
-            )
+            what = f"the checkpoint {checkpoint.folder} was trained with {before[name]!r}"
+            raise UserError(f"{name} = {value!r}, but {what}")
     if checkpoint.data != data.fingerprint():
         raise UserError(f"the data set {data.folder} is not the one that {checkpoint.folder} was trained on")
-
-
-def changed_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """A line for each setting that may change and did."""
-    free = {"init_from", "out_dir", "eval_only", "wandb_run_name"}
-    return [
-        f"{name} was {shorten(checkpoint.settings.get(name))}, is now {value!r}"
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in free and checkpoint.settings.get(name) != value
-    ]

@@ -1,12 +1,14 @@
 """The curvature step: Sophia's estimates over many micro-batches and many ranks."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from head import ChunkLoss, mean_in_chunks
 from model import GPT
-from run import randomness
 from run.machine import Machine
+from run.randomness import CURVATURE_DROPOUT, DIRECTIONS, seed_dropout, torch_seed
 from run.settings import Settings
 from sophia import labels_from_uniforms, normal_like
 from training.batches import Batches
@@ -21,9 +23,7 @@ class SampledLabelLoss(ChunkLoss):
 
 
 class Curvature:
-    """Estimates of the Hessian diagonal from the first hessian_batch_size sequences of a step's batch. An estimate
-    depends on (weights, seed, step) alone, not on ranks or micro-batches.
-    """
+    """Estimates of the Hessian diagonal, from the first sequences of a step: by weights, seed and step alone."""
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
@@ -42,7 +42,7 @@ class Curvature:
         if settings.optimizer == "sophiah":
             return self._hutchinson(step, params)
         if settings.dropout > 0:
-            randomness.seed_dropout(settings.seed, step, self.machine.ranks.rank, randomness.CURVATURE_DROPOUT)
+            seed_dropout(settings.seed, step, self.machine.ranks.rank, CURVATURE_DROPOUT)
         if settings.hessian_estimator == "averaged":
             return self._averaged_gauss_newton_bartlett(step, params)
         return self._gauss_newton_bartlett(step, params)
@@ -51,10 +51,8 @@ class Curvature:
         """B * g * g, g the mean gradient over all B token positions of the sequences (the paper's algorithm 2)."""
         sequences = self.settings.hessian_batch_size
         mean = [torch.zeros_like(param) for param in params]
-        uniforms = self.batches.label_uniforms(step)
-        for (x, _), (first, last) in self.batches.curvature(step, self.settings.micro_batch_size):
-            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
-            torch._foreach_add_(mean, gradients, alpha=(last - first) / sequences)
+        for count, gradients in self._sampled_gradients(step, params, self.settings.micro_batch_size):
+            torch._foreach_add_(mean, gradients, alpha=count / sequences)
             del gradients  # as large as the weights
         self.machine.ranks.all_reduce(mean)
         torch._foreach_mul_(mean, mean)
@@ -68,26 +66,27 @@ class Curvature:
         group = self.settings.hessian_group_size
         mean = [torch.zeros_like(param) for param in params]
         weight = group * self.settings.block_size / (self.settings.hessian_batch_size // group)  # b / n
-        uniforms = self.batches.label_uniforms(step)
-        for (x, _), (first, last) in self.batches.curvature(step, group, group=group):
-            gradients = self._sampled_gradients(params, x, uniforms[:, first:last])
+        for _, gradients in self._sampled_gradients(step, params, group, group):
             torch._foreach_addcmul_(mean, gradients, gradients, value=weight)
             del gradients
         self.machine.ranks.all_reduce(mean)
         return mean
 
-    def _sampled_gradients(self, params: list[Tensor], x: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-        """Those of the mean cross-entropy of `x` (sequences, block_size) with labels drawn by uniforms (2, …)."""
-        with self.machine.forward_context():
-            hidden = self.model.hidden(x).flatten(0, 1)  # (positions, C)
-            weight, loss_of = self.model.wte.weight, self._sampled_label_loss
-            loss = mean_in_chunks(hidden, weight, uniforms.flatten(1), len(hidden), loss_of)
-        return torch.autograd.grad(loss, params)
+    def _sampled_gradients(self, step: int, params: list[Tensor], most: int, group: int = 1) -> Iterator[tuple]:
+        """For each pass its number of sequences, and the gradients of their mean loss with labels the model draws."""
+        uniforms = self.batches.label_uniforms(step)  # (2, hessian_batch_size, block_size)
+        for (x, _), (first, last) in self.batches.curvature(step, most, group):
+            with self.machine.forward_context():
+                weight, targets = self.model.wte.weight, uniforms[:, first:last].flatten(1)
+                hidden = self.model.hidden(x).flatten(0, 1)  # (positions, C)
+                loss = mean_in_chunks(hidden, weight, targets, len(hidden), self._sampled_label_loss)
+            del hidden  # while the caller works
+            yield last - first, torch.autograd.grad(loss, params)
 
     def _hutchinson(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """u * (H u), with one u for all sequences (the paper's algorithm 1)."""
         settings, product = self.settings, self._hessian_product
-        seed = randomness.torch_seed(settings.seed, randomness.DIRECTIONS, step)
+        seed = torch_seed(settings.seed, DIRECTIONS, step)
         directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
         for direction in directions:  # rank 0's, as GPUs of another kind draw other numbers
             self.machine.ranks.broadcast(direction)

@@ -8,7 +8,7 @@ backward pass from the loss's tangent follows, as in training. Three things keep
   go through torch.func.jvp (`on_pairs`), and the tangent of attention is written out, for a few queries at a time. Its
   T x T matrices are computed again in the backward pass and are never in memory as a whole (as in FlashAttention,
   arXiv 2205.14135).
-- The gradient of F.layer_norm's own tangent is wrong (torch 2.13): `PlainLayerNorm` replaces it by simple operations.
+- The gradient of F.layer_norm's own tangent is wrong (torch 2.13): `PlainLayerNorm` takes its place.
 - All blocks have the same code: one block without weights is compiled once and is given each block's weights in turn.
 
 Letters in the shape comments: B sequences, H heads, T tokens, C channels, D = C / H; R queries of a block, N keys.
@@ -21,11 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, jvp
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from head import ChunkLoss, mean_in_chunks, of_labels, product_dtype, wide_dtype
-from model import GPT, Block
+from model import GPT, Block, GPTConfig
 
 QUERIES_PER_BLOCK = 128
 
@@ -43,10 +42,8 @@ class HessianProduct:
 
         self.model = model
         with torch.device("meta"):  # without weights
-            block = Block(model.config, layer_idx=0).eval()
-        self.before_attention = compiled(on_pairs(BeforeAttention(block)))
-        self.after_attention = compiled(on_pairs(AfterAttention(block)))
-        self.norm = compiled(on_pairs(model.ln_f))
+            parts = BeforeAttention(model.config), AfterAttention(model.config), PlainLayerNorm(model.config)
+        self.before_attention, self.after_attention, self.norm = (compiled(on_pairs(part.eval())) for part in parts)
         self.attention = compiled(attention_tangent), compiled(attention_tangent_backward)
         self.loss_tangent = TangentLoss()
         if compile:
@@ -71,17 +68,14 @@ class HessianProduct:
 
         x, dx = embed(weights), embed(u).requires_grad_()  # dx as in later layers, which share the code
         for number, block in enumerate(model.h):
-            parts = block, *(part_of(tensors, f"h.{number}.", "block.") for tensors in (weights, u))
+            parts = block, part_of(weights, f"h.{number}."), part_of(u, f"h.{number}.")
             if model.h.checkpoint_activations:
                 x, dx = checkpoint(self.block, *parts, x, dx, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, dx = self.block(*parts, x, dx)
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
-        du = u[embedding].to(product_dtype(x))
-        tangent = mean_in_chunks(
-            hidden.flatten(0, 1), weights[embedding], targets.flatten(), count, self.loss_tangent, du
-        )
-        tangent.backward()
+        positions, head, du = hidden.flatten(0, 1), weights[embedding], u[embedding].to(product_dtype(x))
+        mean_in_chunks(positions, head, targets.flatten(), count, self.loss_tangent, du).backward()
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         qkv, d_qkv = self.before_attention(weights, u, (x,), (dx,))
@@ -90,34 +84,45 @@ class HessianProduct:
         return self.after_attention(weights, u, (x, y), (dx, dy))
 
 
-def part_of(tensors: Named, prefix: str, new: str = "") -> Named:
-    """The tensors whose names have a prefix, with a new one in its place."""
-    return {new + name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def part_of(tensors: Named, prefix: str) -> Named:
+    """The tensors whose names have a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-class BeforeAttention(nn.Module):
+class PlainLayerNorm(nn.LayerNorm):
+    """LayerNorm by simple operations, so that the gradient of its tangent is right."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(wide_dtype(x))
+        x = x - x.mean(dim=-1, keepdim=True)
+        x = x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt() * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class PlainBlock(Block):
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, layer_idx=0)
+        self.ln_1, self.ln_2 = PlainLayerNorm(config), PlainLayerNorm(config)
+
+
+class BeforeAttention(PlainBlock):
     """x (B, T, C) gives queries, keys and values, each (B, H, T, D)."""
 
-    def __init__(self, block: Block):
-        super().__init__()
-        self.block = block
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        (B, T, C), attn = x.shape, self.block.attn
-        parts = attn.c_attn(self.block.ln_1(x)).split(C, dim=2)
+        (B, T, C), attn = x.shape, self.attn
+        parts = attn.c_attn(self.ln_1(x)).split(C, dim=2)
         return tuple(part.view(B, T, attn.n_head, -1).transpose(1, 2) for part in parts)
 
 
-class AfterAttention(nn.Module):
+class AfterAttention(PlainBlock):
     """x (B, T, C) and attention's output y (B, H, T, D) give the output of the block (B, T, C)."""
 
-    def __init__(self, block: Block):
-        super().__init__()
-        self.block = block
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.block.attn.c_proj(y.transpose(1, 2).flatten(2))
-        return x + self.block.mlp(self.block.ln_2(x))
+        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.ln_2(x))
 
 
 def on_pairs(module: nn.Module) -> Callable:
@@ -129,26 +134,9 @@ def on_pairs(module: nn.Module) -> Callable:
         def function(weights: Named, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             return functional_call(module, weights, inputs)
 
-        with PlainLayerNorm():
-            return jvp(function, (weights, *values), (u, *tangents))
+        return jvp(function, (weights, *values), (u, *tangents))
 
     return run
-
-
-class PlainLayerNorm(TorchFunctionMode):
-    """Within this context F.layer_norm consists of simple operations: the gradient of its own tangent is wrong, as it
-    takes mean and variance for constants (torch 2.13).
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (layer_norm if function is F.layer_norm else function)(*args, **kwargs or {})
-
-
-def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    x = x.to(wide_dtype(x))
-    x = x - x.mean(dim=-1, keepdim=True)
-    x = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
-    return x if bias is None else x + bias
 
 
 class AttentionTangent(torch.autograd.Function):
@@ -162,7 +150,9 @@ class AttentionTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        halves = zip(*(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True)  # of the heads
+        halves = zip(
+            *(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True
+        )  # half of the heads each
         gradients = [ctx.functions[1](*half, ctx.scale) for half in halves]  # whose temporary tensors are large
         return *(torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True)), None, None
 
@@ -182,7 +172,7 @@ def attention_tangent_backward(
     """The gradients by q, k, v, dq, dk and dv, where `gradient` is that by the tangent of attention, of its shape."""
     shape, dtype = q.shape, q.dtype
     q, k, v, dq, dk, dv, gradient = (x.flatten(0, 1) for x in (q, k, v, dq, dk, dv, gradient))  # (BH, T, D)
-    g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # of each block of queries or keys
+    g_q, g_dq, g_k, g_v, g_dk, g_dv = ([] for _ in range(6))  # a block of queries or keys each
     for seen, p, c in attention_weights(q, k, dq, dk, scale):
         own = slice(seen - p.shape[1], seen)
         g = gradient[:, own]
@@ -190,7 +180,7 @@ def attention_tangent_backward(
         by_dp = by_dp - (p * by_dp).sum(dim=-1, keepdim=True)
         by_p = (g @ dv[:, :seen].mT).to(p.dtype) + by_dp * c
         by_scores = (scale * p * (by_p - (p * by_p).sum(dim=-1, keepdim=True))).to(dtype)
-        by_tangent = (scale * p * by_dp).to(dtype)  # of the scores
+        by_tangent = (scale * p * by_dp).to(dtype)  # the scores' tangent
         g_q.append(by_scores @ k[:, :seen] + by_tangent @ dk[:, :seen])
         g_dq.append(by_tangent @ k[:, :seen])
         add_blocks(g_k, by_scores.mT @ q[:, own] + by_tangent.mT @ dq[:, own])

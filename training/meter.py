@@ -19,7 +19,7 @@ class StepResult(NamedTuple):
     """What an update tells: float32 scalars, still on the device."""
 
     loss: Tensor  # mean over this rank's part of the batch
-    gradient_norm: Tensor  # of the batch's gradient, before clipping
+    gradient_norm: Tensor  # before clipping
 
 
 class Meter:
@@ -49,9 +49,7 @@ class Meter:
         self.results.append(result)
 
     def finish_row(self, step: int) -> dict[str, Any]:
-        """The row of update `step`, the last that was added. Here the host waits for the updates.
-        Updates the progress. Diverged where a loss or a gradient of these updates is not finite.
-        """
+        """The row of update `step`, for which the host waits; updates the progress. Diverged without finite numbers."""
         settings, progress, machine = self.settings, self.progress, self.machine
         losses = torch.stack([result.loss for result in self.results])
         machine.ranks.all_reduce([losses])
@@ -60,7 +58,7 @@ class Meter:
         for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=step - len(losses) + 1):
             check_finite(loss + norm, f"the training loss is {loss}, its gradient's norm {norm}", number)
         seconds = time.perf_counter() - self.started
-        tokens = settings.batch_size * settings.block_size  # of a step
+        tokens = settings.batch_size * settings.block_size  # a step
         speed, peak = len(losses) * tokens / seconds, machine.peak_flops()
         progress.step = step
         progress.seconds += seconds

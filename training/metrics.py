@@ -22,8 +22,7 @@ class Metrics:
     def __init__(self, out_dir: Path, settings: Settings, started_at: int, resumed: bool, active: bool):
         self.active = active
         if active:
-            self.path = out_dir / FILE
-            self.unwritten, self.complained = b"", False
+            self.path, self.unwritten = out_dir / FILE, b""
             self.wandb = start_wandb(settings, out_dir, resumed) if settings.wandb_log else None
             self.bar = tqdm(initial=started_at, total=settings.max_iters, unit="step", dynamic_ncols=True)
 
@@ -32,8 +31,7 @@ class Metrics:
         if not self.active:
             return
         row = {name: value for name, value in row.items() if value is not None}
-        self.unwritten += json.dumps(row).encode() + b"\n"
-        self._append()
+        self._append(json.dumps(row).encode() + b"\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.bar.update(row["step"] - self.bar.n)
@@ -42,18 +40,16 @@ class Metrics:
         if "val/loss" in row:
             self.bar.write(f"step {row['step']}: validation loss {row['val/loss']:.4f}")
 
-    def _append(self) -> None:
-        """Append what is unwritten; what does not fit on the disk waits for the next row."""
+    def _append(self, line: bytes) -> None:
+        """Append a line to the file; what does not fit on the disk waits for the next one."""
+        behind, self.unwritten = bool(self.unwritten), self.unwritten + line
         try:
             with open(self.path, "ab", buffering=0) as file:
                 while self.unwritten:
                     self.unwritten = self.unwritten[file.write(self.unwritten) :]
         except OSError as error:
-            if not self.complained:
+            if not behind:
                 warn(f"{self.path} cannot be written to: {error.strerror}; the run goes on and keeps its rows")
-            self.complained = True
-        else:
-            self.complained = False
 
     def __enter__(self) -> "Metrics":
         return self
@@ -75,8 +71,7 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off is left out, any other bad line is a UserError."""
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -96,14 +91,9 @@ def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
     if not resumed or not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
-        run = wandb.init(
-            project=settings.wandb_project,
-            name=settings.wandb_run_name,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=out_dir,
-            config=asdict(settings) | {"commit": commit()},
-        )
+        names = {"project": settings.wandb_project, "name": settings.wandb_run_name, "id": identity.read_text("utf-8")}
+        config = asdict(settings) | {"commit": commit()}
+        run = wandb.init(**names, resume="allow", dir=out_dir, config=config)
     except wandb.errors.Error as error:
         raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
     run.define_metric("val/loss", summary="min,last")

@@ -23,9 +23,7 @@ STATE = {
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate that update `step` (from 1) uses: linear warm-up to the peak, reached at update `warmup_iters`, then
-    half a cosine to `min_lr`, reached at `lr_decay_iters` (or constant without `decay_lr`).
-    """
+    """That of update `step` (from 1): a linear warm-up to `warmup_iters`, half a cosine down to `lr_decay_iters`."""
     s = settings
     if step < s.warmup_iters:
         return s.learning_rate * step / s.warmup_iters
@@ -38,9 +36,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def betas(settings: Settings, step: int) -> tuple[float, float]:
-    """Those of update `step`. With hessian_bias_correction beta2 grows from 0 to its setting. What h then becomes
-    is the h of the paper divided by 1 - beta2^estimates.
-    """
+    """Those of update `step`. hessian_bias_correction makes h that of the paper divided by 1 - beta2^estimates."""
     beta2 = settings.beta2
     if settings.uses_curvature and settings.hessian_bias_correction:
         estimates = (step - 1) // settings.hessian_interval + 1
@@ -106,9 +102,7 @@ def state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Tensor], ranks: Ranks) -> None:
-    """Give every rank the `state` that rank 0 has, as <parameter>/<name of the state>; on the others it is empty.
-    Hyperparameters stay those of `optimizer`.
-    """
+    """Give every rank rank 0's `state`, as <parameter>/<name of the state>. Hyperparameters stay the optimizer's."""
     named = dict(model.named_parameters())
     for path, shape, dtype in ranks.broadcast_object([(path, x.shape, x.dtype) for path, x in state.items()]):
         name, _, key = path.rpartition("/")

@@ -1,6 +1,4 @@
-"""GPT-2 weights of other programs: Hugging Face's folders, and the ckpt.pt files of nanoGPT and of the released
-Sophia. Nothing in a file is executed.
-"""
+"""GPT-2 weights of other programs: Hugging Face's folders and nanoGPT's ckpt.pt. Nothing in a file is executed."""
 
 import dataclasses
 import json
@@ -17,7 +15,6 @@ from data.tokenizers import KNOWN, TOKENIZERS, Tokenizer, fits
 from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json
-from training import checkpoints
 
 STANDARD = {  # what config.json may leave out; other values are of another architecture
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
@@ -43,36 +40,18 @@ def load(source: str, block_size: int | None = None, dropout: float = 0.0) -> GP
         raise BadWeights(f"{source!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def load_with_tokenizer(source: str, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """The model as `load` gives it and its tokenizer, by the entries of tokenizer.json, or without one by its size.
-    Raises BadWeights, also for another tokenizer than the project's.
-    """
+def tokenizer_of(source: str, vocab_size: int) -> Tokenizer:
+    """These weights' tokenizer, by tokenizer.json or else by the vocabulary's size; BadWeights for another's."""
     path = local(source)
-    model = load(str(path), block_size, dropout)
-    vocab_size, file = model.config.vocab_size, (path.parent if path.is_file() else path) / "tokenizer.json"
+    file = (path.parent if path.is_file() else path) / "tokenizer.json"
     try:
         entries = json.loads(file.read_bytes())["model"]["vocab"].items() if file.is_file() else LANDMARKS.values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadWeights(f"{file} is damaged, or no tokenizer of byte pairs") from None
     for name, tokenizer in TOKENIZERS.items():
         if fits(tokenizer, vocab_size) and LANDMARKS[name] in entries:
-            return model, tokenizer
+            return tokenizer
     raise BadWeights(f"{source} has a vocabulary of {vocab_size} tokens that is unknown here: must be {KNOWN}")
-
-
-def load_model(out_dir: str | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:
-    """A trained model to use, in evaluation mode, its tokenizer, and where it came from: the weights `init_from`, which
-    `load` reads, or else the checkpoint that `out_dir` names. UserError where there is none.
-    """
-    if init_from is not None:
-        model, tokenizer = load_with_tokenizer(init_from)
-        name = init_from
-    else:
-        checkpoint = checkpoints.find(Path(out_dir or "out"))
-        model, name = GPT(checkpoint.config), str(checkpoint.folder)
-        checkpoint.load_model(model)
-        tokenizer = TOKENIZERS[checkpoint.tokenizer]
-    return model.eval(), tokenizer, name
 
 
 def local(source: str) -> Path:
@@ -83,32 +62,28 @@ def local(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors*"]))
-    except Exception as error:  # of many kinds, the network's among them
+    except Exception as error:  # there are many kinds, the network's among them
         places = "a folder, a ckpt.pt file or a hub name (or, to train, 'scratch', 'resume' or 'auto')"
         why = getattr(error, "strerror", None) or type(error).__name__
         raise BadWeights(f"init_from = {source!r}: must be {places}; the hub did not give it ({why})") from None
 
 
 def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape, as GPTConfig's arguments, and the weights by name, of a ckpt.pt; ValueError where it is none."""
+    """GPTConfig's arguments and the weights by name, of a ckpt.pt; ValueError where it is none."""
     try:
         # mmap: of the optimizer's state, twice as large as the weights, nothing is read
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shape = {name: int(value) for name, value in checkpoint["model_args"].items()}
         weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in checkpoint["model"].items()}
     except Exception:  # the wrong bytes can break torch.load anywhere, and its advice is to trust the file
-        why = (
-            "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers (nothing in it was run)"
-        )
-        raise ValueError(f"{why}; of a pytorch_model.bin name the folder") from None
+        why = "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers"
+        raise ValueError(f"{why} (nothing in it was run); of a pytorch_model.bin name the folder") from None
     # Sophia's code, which knows of scaled attention, has GPT-2's GELU
     return shape | {"exact_gelu": "scale_attn_by_inverse_layer_idx" not in shape}, weights
 
 
 def read_hugging_face(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape, as GPTConfig's arguments, and the weights by name, of a folder or of a .safetensors file in one;
-    ValueError or OSError where they are no GPT-2's.
-    """
+    """GPTConfig's arguments and the weights by name, of a folder or a file in it; ValueError or OSError if bad."""
     folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["model.safetensors"])
     weights: dict[str, Tensor] = {}
     try:

@@ -1,21 +1,25 @@
-"""The beginning of a run: its folder, the model it starts from, and what it says of itself."""
+"""The beginning of a run: its folder, the model it starts from, its data parallelism, and what it says of itself."""
 
 import dataclasses
 import sys
 from pathlib import Path
 
 import filelock
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run.errors import RankError, UserError
 from run.files import write_json
 from run.machine import Machine
-from run.settings import Settings
-from training import checkpoints, metrics, pretrained
+from run.settings import Settings, shorten
 from training.checkpoint_writer import set_aside
-from training.checkpoints import Checkpoint, Progress, changed_settings, refuse_other_run
+from training.checkpoints import Checkpoint, Progress, folders, newest, refuse_other_run
+from training.metrics import FILE, drop_rows_after
 from training.optimizers import Optimizer, load_state
+from training.pretrained import load, tokenizer_of
 
 
 class RunFolder:
@@ -24,7 +28,7 @@ class RunFolder:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.path = Path(settings.out_dir)
-        self._found = checkpoints.folders(self.path)
+        self._found = folders(self.path)
         self._lock = filelock.FileLock(self.path / ".lock", blocking=False)
 
     def __enter__(self) -> "RunFolder":
@@ -37,10 +41,10 @@ class RunFolder:
         """What `init_from` asks for. Refuses a folder that holds another run, and writes nothing."""
         source = self.settings.init_from
         if source == "resume" or (source == "auto" and self._found):
-            return checkpoints.newest(self.path)
+            return newest(self.path)
         if not self._found or self.settings.eval_only:
             return None
-        if source != "scratch" and (checkpoint := checkpoints.newest(self.path)).progress.started_from == source:
+        if source != "scratch" and (checkpoint := newest(self.path)).progress.started_from == source:
             return checkpoint  # the run that began with these weights
         raise UserError(f"{self.path} holds a run already: go on with --init_from=resume, or take another --out_dir")
 
@@ -49,16 +53,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            if checkpoints.folders(self.path) != self._found:
+            if folders(self.path) != self._found:
                 raise UserError(f"another run has written to {self.path} meanwhile: start again")
-            metrics.drop_rows_after(self.path / metrics.FILE, checkpoint.progress.step if checkpoint else -1)
+            drop_rows_after(self.path / FILE, checkpoint.progress.step if checkpoint else -1)
             if checkpoint:
                 set_aside(self.path, checkpoint.progress.step)
             write_json(self.path / "settings.json", dataclasses.asdict(settings))
         except filelock.Timeout:
-            raise UserError(
-                f"another run is writing to {self.path}: stop it first, or choose another --out_dir"
-            ) from None
+            raise UserError(f"another run is writing to {self.path}: stop it, or take another --out_dir") from None
         except (OSError, ValueError) as error:
             raise UserError(f"out_dir = {self.path} cannot be written to: {error}") from None
 
@@ -82,7 +84,8 @@ def make_model(settings: Settings, data: TokenData, machine: Machine, checkpoint
         model = GPT(shape_of(settings, data, checkpoint))
     else:
         source = settings.init_from
-        model, tokenizer = pretrained.load_with_tokenizer(source, settings.block_size, settings.dropout)
+        model = load(source, settings.block_size, settings.dropout)
+        tokenizer = tokenizer_of(source, model.config.vocab_size)
         if tokenizer.name != data.tokenizer or model.config.vocab_size < data.vocab_size:
             theirs = f"the data set {settings.dataset} has {data.vocab_size} of {data.tokenizer}"
             raise UserError(f"{source} has {model.config.vocab_size} tokens of {tokenizer.name}, but {theirs}")
@@ -101,9 +104,7 @@ def shape_of(settings: Settings, data: TokenData, checkpoint: Checkpoint | None)
 
 
 def as_used(settings: Settings, model: GPT, checkpoint: Checkpoint | None) -> Settings:
-    """The settings with the model's shape, which the weights of others bring along, and what the run started from in
-    `init_from`. UserError where the command line asks for another shape.
-    """
+    """The settings with the model's shape and origin. UserError where the command line asks for another shape."""
     begun = checkpoint.progress.started_from if checkpoint else settings.init_from
     shape = {name: value for name, value in dataclasses.asdict(model.config).items() if name != "vocab_size"}
     asked = {argument.removeprefix("--").partition("=")[0] for argument in sys.argv[1:]}
@@ -111,6 +112,23 @@ def as_used(settings: Settings, model: GPT, checkpoint: Checkpoint | None) -> Se
         if getattr(settings, name) != shape[name]:
             raise UserError(f"{name} = {getattr(settings, name)!r}, but the weights {begun} have {shape[name]!r}")
     return dataclasses.replace(settings, init_from="scratch" if begun == "auto" else begun, **shape)
+
+
+def wrap(model: nn.Module, machine: Machine) -> nn.Module:
+    """The model as a training step calls it: in DDP, with rank 0's weights on every rank; as it is on one rank."""
+    if machine.ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> None:
+    """Throw a first pass on tokens of this shape away: DDP forms its buckets, and so the order of sums, after it."""
+    if isinstance(model, DistributedDataParallel):
+        tokens = torch.zeros(shape, dtype=torch.int64, device=machine.device)
+        with machine.forward_context():
+            loss = model(tokens, tokens)
+        loss.backward()
+        model.zero_grad()
 
 
 def resume(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer, machine: Machine) -> Progress:
@@ -126,8 +144,11 @@ def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, 
         machine.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
     if settings.warmup_iters > settings.max_iters:
         machine.note(f"warmup_iters = {settings.warmup_iters} is longer than the run: learning_rate is never reached")
-    for change in changed_settings(checkpoint, settings) if checkpoint else []:
-        machine.note(f"resuming with another setting: {change}")
+    free, before = {"init_from", "out_dir", "eval_only", "wandb_run_name"}, checkpoint.settings if checkpoint else {}
+    for name, value in dataclasses.asdict(settings).items():
+        if checkpoint and name not in free and before.get(name) != value:
+            was = shorten(before.get(name))
+            machine.note(f"resuming with another setting: {name} was {was}, is now {value!r}")
     machine.note(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {machine.ranks.world_size} x"
         f" {machine.device.type} in {str(machine.dtype)[6:]}, {settings.optimizer}, {settings.batch_size} x"

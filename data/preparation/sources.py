@@ -12,9 +12,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from data.preparation.writer import Source, TextBatch, write_data_set
+from data.preparation.writer import TextBatch, write_data_set
 from data.tokenizers import TOKENIZERS
-from run.errors import Parser, UserError
+from run.errors import UserError
+from run.options import Parser, between
 from run.settings import ROOT
 
 FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -23,7 +24,7 @@ ADVICE = {  # for what datasets says
     "Dataset scripts are no longer supported": "download the text it names, and give the files to --data-files",
     "Config name is missing": "choose one with --config",
 }
-BATCH_CHARACTERS = 2**20  # of text, that one thread tokenizes at a time
+BATCH_CHARACTERS = 2**20  # one thread tokenizes so much text at a time
 
 
 def prepare(description: str | None, name: str, source: str, config: str | None = None, val_fraction=0.0005) -> None:
@@ -39,12 +40,10 @@ def prepare(description: str | None, name: str, source: str, config: str | None 
     add("--val-fraction", type=float, default=val_fraction, help=f"share of val.bin (default {val_fraction})")
     add("--tokenizer", choices=list(TOKENIZERS), default="gpt2", help="default gpt2")
     add("--out-dir", type=Path, default=ROOT / "data" / name, help=f"where to write (default data/{name})")
-    add("--workers", type=int, default=cores(), help="threads that tokenize (default: every core)")
+    add("--workers", type=between(1), default=cores(), help="threads that tokenize (default: every core)")
     add("--overwrite", action="store_true", help="replace another data set in --out-dir")
     options = parser.parse_args()
 
-    if options.workers < 1:
-        raise UserError(f"--workers = {options.workers}: must be at least 1")
     if not 0 < options.val_fraction < 1:
         raise UserError(f"--val-fraction = {options.val_fraction}: must be between 0 and 1")
     config = options.config or (config if options.source == source else None)
@@ -64,7 +63,7 @@ def cores() -> int:
 
 def open_documents(
     source: str, config: str | None, files: list[Path] | None, streaming: bool, column: str, val_fraction: float
-) -> Source:
+) -> "Corpus":
     """Documents of the hub's data set `source`, or of local `files`. UserError for what cannot be used."""
     name, arguments, advice = source, {"path": source, "name": config}, "; without a network, use --data-files"
     if files:
@@ -88,9 +87,8 @@ def open_documents(
         # The builder's hash tells the commit of the hub.
         identity = [name, config, builder.hash, column, val_fraction, streaming]
         identity += [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
-        return (Stream if streaming else Table)(
-            name, advice, identity, documents.select_columns([column]), column, val_fraction
-        )
+        kind = Stream if streaming else Table
+        return kind(name, advice, identity, documents.select_columns([column]), column, val_fraction)
 
 
 def text_alone(name: str, column: str, table: pa.Table, json_field_paths: list | tuple = ()) -> pa.Table:
@@ -127,7 +125,7 @@ def reading(name: str, advice: str) -> Iterator[None]:
 
 
 class Corpus:
-    """Documents in a column of a table or of a stream, by the megabyte."""
+    """Documents in a column, by the megabyte; `read` gives split and text of those after the first `done`."""
 
     def __init__(self, name: str, advice: str, identity: Any, documents: Any, column: str, val_fraction: float):
         self.name, self.advice, self.identity, self.count = name, advice, identity, None
@@ -147,11 +145,8 @@ class Corpus:
             if texts:
                 yield texts, self.state()
 
-    def read(self, done: int, state: Any) -> Iterator[tuple[str, str]]:
-        """The split and the text of each document after the first `done`."""
-
     def state(self) -> Any:
-        """What `read` needs, apart from their number, to go on after the documents it has given."""
+        """What `read` needs to go on, besides the number of documents that it has given."""
 
 
 class Table(Corpus):

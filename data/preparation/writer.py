@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import filelock
 from tqdm import tqdm
@@ -23,35 +23,26 @@ from run.errors import UserError
 from run.files import flush, read_json, write_json
 
 SPLITS = ("train", "val")
-TOKENS_BETWEEN_NOTES = 2**21  # of progress: after a kill, about so many tokens are made again
+TOKENS_BETWEEN_NOTES = 2**21  # after a kill, about so many tokens are made again
 
 TextBatch = tuple[dict[str, list[str]], Any]  # documents by split, and the source's state after them (JSON)
 
 
-class Source(Protocol):
-    """Documents to make a data set of."""
+class TextSource:
+    """Documents that are in memory, by split. Others are in sources.py."""
 
-    name: str  # for meta.json and messages
-    identity: Any  # JSON; two sources of one identity have the same documents in the same order
-    count: int | None  # of documents, where known
+    def __init__(self, name: str, texts: dict[str, list[str]]):
+        self.name, self.texts = name, texts
+        self.identity: Any = texts  # JSON; two sources of one identity have the same documents in the same order
+        self.count: int | None = sum(map(len, texts.values()))  # documents, where known
 
     def batches(self, done: int, state: Any) -> Iterator[TextBatch]:
         """The documents after the first `done`; `state` is the one after them, None at the start."""
-
-
-class TextSource:
-    """Documents that are in memory, by split."""
-
-    def __init__(self, name: str, texts: dict[str, list[str]]):
-        self.name, self.texts, self.identity = name, texts, texts
-        self.count = sum(map(len, texts.values()))
-
-    def batches(self, done: int, state: Any) -> Iterator[TextBatch]:
         if not done:
             yield self.texts, None
 
 
-def write_data_set(out_dir: Path, source: Source, tokenizer: Tokenizer, workers: int, overwrite: bool = False) -> None:
+def write_data_set(out_dir: Path, source: Any, tokenizer: Tokenizer, workers: int, overwrite: bool = False) -> None:
     """Make train.bin and val.bin (uint16 tokens) and meta.json in `out_dir`, or go on where an earlier call with the
     same source and tokenizer was ended. UserError where the folder cannot be written to, is in use, or holds another
     data set; with `overwrite` that is replaced.
@@ -93,7 +84,7 @@ def begin(folder: Path, job: str, overwrite: bool) -> dict[str, Any]:
     return {"job": job, "documents": 0, "state": None, "tokens": dict.fromkeys(SPLITS, 0)}
 
 
-def write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, workers: int, progress: dict[str, Any]) -> None:
+def write_tokens(folder: Path, source: Any, tokenizer: Tokenizer, workers: int, progress: dict[str, Any]) -> None:
     """Write the tokens that are missing, and note `progress` on disk now and then."""
     tokens, noted = progress["tokens"], sum(progress["tokens"].values())
     with contextlib.ExitStack() as stack:
@@ -141,7 +132,7 @@ def tokenized(batches: Iterator[TextBatch], tokenizer: Tokenizer, workers: int) 
         yield from (future.result() for future in ahead)
 
 
-def write_meta(folder: Path, source: Source, tokenizer: Tokenizer, progress: dict[str, Any]) -> None:
+def write_meta(folder: Path, source: Any, tokenizer: Tokenizer, progress: dict[str, Any]) -> None:
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     meta |= {"source": source.name, "checksum": {}, "job": progress["job"]}
     for split, count in progress["tokens"].items():

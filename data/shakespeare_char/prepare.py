@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data.preparation.writer import TextSource, write_data_set  # noqa: E402
 from data.tokenizers import Bytes  # noqa: E402
 from run import errors  # noqa: E402
+from run.options import Parser  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--file", type=Path, help="a text file instead of the download")
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent, help="where to write")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set in --out-dir")

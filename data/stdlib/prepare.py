@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data.preparation.writer import TextSource, write_data_set  # noqa: E402
 from data.tokenizers import Bytes  # noqa: E402
 from run import errors  # noqa: E402
+from run.options import Parser  # noqa: E402
 
 LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
 
@@ -35,7 +36,7 @@ def documents() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = errors.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent, help="where to write")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set in --out-dir")
     options = parser.parse_args()

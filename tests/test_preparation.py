@@ -100,7 +100,7 @@ def test_column_fraction_and_tokenizer_can_be_chosen(openwebtext, call, refused,
     for option, complaint in {
         "--val-fraction=0.2": "holds another data set",
         "--val-fraction=1.5": "--val-fraction = 1.5",
-        "--workers=0": "--workers = 0",
+        "--workers=0": "--workers: 0 is not from 1",
     }.items():
         other = [*options, tmp_path / "out", option]
         assert complaint in refused(lambda: call(openwebtext, "--data-files", path, *other))  # noqa: B023

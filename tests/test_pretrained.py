@@ -353,7 +353,7 @@ def test_a_run_and_each_of_its_checkpoints_are_exported_sampled_from_and_evaluat
 
     monkeypatch.chdir(source)
     for path in (".", shutil.copytree(source, tmp_path / "best")):
-        model, byte, name = load_model(str(path), None)
+        model, byte, name = load_model(Path(path), None)
         assert (byte.name, Path(name)) == ("bytes", Path(path).resolve())
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in load_file(weights).items())
     shutil.copytree(source, tmp_path / "step_00000002")

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from run.errors import UserError, warn
+from run.files import flush
 from run.settings import ROOT, Settings
 
 FILE = "metrics.jsonl"
@@ -66,6 +67,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flush(scratch)  # or a power cut might leave an empty file
     os.replace(scratch, path)
 
 

@@ -134,8 +134,11 @@ def test_every_rank_has_dropout_masks_of_its_own(curvature, tmp_path):
         machine = Machine(torch.device("cpu"), torch.float32, False, Alone(rank, 2))
         c = curvature(torch.float32, machine, dataset=tmp_path, optimizer="sophiag", dropout=0.3)
         loss = accumulate_gradients(step, c.model, c.batches)
+        training_seed = torch.initial_seed()
         torch.rand(next(draws))  # by somebody else, which must not matter
-        return loss.item(), flat(c.estimate(step, list(c.model.parameters()))).sum().item()
+        total = flat(c.estimate(step, list(c.model.parameters()))).sum()
+        assert torch.initial_seed() != training_seed
+        return loss.item(), total.item()
 
     passes = [pass_of(*place) for place in ((0, 1), (1, 1), (0, 2), (0, 1))]
     assert passes[0] == passes[3]

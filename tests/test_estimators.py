@@ -204,8 +204,10 @@ def test_the_default_dtype_does_not_change_the_labels():
 
 
 @pytest.mark.parametrize("size", [2, 5, 256, 300, 1000])
-def test_the_numbers_next_to_one_give_the_last_possible_token(size):
+def test_numbers_next_to_one_give_the_last_possible_token_and_zero_the_first(size):
     uniforms = torch.tensor([1 - 1e-9, 1 - 2.0**-53], dtype=torch.float64).expand(2, -1)  # 1 in float32
     for impossible in (0, 1, 255, 400):
         logits = F.pad(normal(size, 0), (0, impossible), value=-math.inf).expand(2, -1)
         assert torch.equal(labels_from_uniforms(logits, uniforms), torch.full((2,), size - 1))
+        logits = F.pad(normal(size, 0), (impossible, 0), value=-math.inf)
+        assert labels_from_uniforms(logits, torch.zeros(2)).item() == impossible

@@ -89,14 +89,13 @@ def search_table(found: dict[str, Tuned]) -> str:
     rows = []
     for name, search in found.items():
         best, fresh = search.settings, losses(search.finalists[search.best])
-        untried = [near for near in search.space.neighbours(search.best) if near not in search.tried]
         places = zip(search.best, search.space.axes.values(), strict=True)
         inside = all(0 <= place < len(axis) for place, axis in places)
         others = [f"{losses(runs).mean():.4f}" for point, runs in search.finalists.items() if point != search.best]
         rows.append([
             LABELS[name], len(search.tried), sum(not np.isfinite(run.loss) for run in search.tried.values()),
             ", ".join(f"{setting} {value:g}" for setting, value in best.items()),
-            "in the first grid" if inside else "past its edge", len(untried),
+            "in the first grid" if inside else "past its edge", len(search.untried_neighbours),
             f"{search.tried[search.best].loss:.4f}", f"{fresh.mean():.4f}", ", ".join(others),
         ])  # fmt: skip
     header = "tuning | runs | diverged | best | where | neighbours not tried | its loss | fresh seeds | the next two"

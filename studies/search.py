@@ -75,19 +75,11 @@ class Tuned:
     def settings(self) -> dict[str, float]:
         return self.space.settings(self.best)
 
-    def table(self) -> dict[str, Any]:
-        return {
-            "grid": self.space.axes,
-            "runs": [self.space.settings(point) | {"loss": result.loss} for point, result in self.tried.items()],
-            "finalists": [
-                self.space.settings(point) | {"loss": self.tried[point].loss, "fresh": [run.loss for run in runs]}
-                for point, runs in self.finalists.items()
-            ],
-            "best": self.settings,
-            "untried_neighbours": [
-                self.space.settings(near) for near in self.space.neighbours(self.best) if near not in self.tried
-            ],
-        }
+    @property
+    def untried_neighbours(self) -> list[dict[str, float]]:
+        """Those of the best."""
+        near = [point for point in self.space.neighbours(self.best) if point not in self.tried]
+        return [self.space.settings(point) for point in near]
 
 
 def search(runner: Runner, base: dict[str, Any], axes: Axes, budget: Budget) -> Tuned:

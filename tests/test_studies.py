@@ -59,7 +59,7 @@ def test_a_search_finds_a_best_point_outside_of_its_grid_and_has_tried_all_its_n
     found = search(runner, {"optimizer": "sophiag"}, AXES, Budget())
     assert found.settings == pytest.approx(OPTIMUM)
     assert found.space.settings(found.best) in [{k: s[k] for k in AXES} for s in runner.asked]
-    assert found.table()["untried_neighbours"] == []
+    assert found.untried_neighbours == []
     settings = [json.dumps(each, sort_keys=True) for each in runner.asked]
     assert len(settings) == len(set(settings)) == len(found.tried) + 6 >= 24 + 6  # three finalists, two fresh seeds
     spread = [tuple(each[name] for name in AXES) for each in runner.asked[:12]]

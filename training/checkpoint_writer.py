@@ -1,5 +1,6 @@
 """Writing checkpoints while training goes on."""
 
+import contextlib
 import dataclasses
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,7 +103,8 @@ def prune(out_dir: Path, keep: int, best_step: int | None) -> None:
     """Drop all but the newest `keep` checkpoints and the best one. A folder loses its name before its files."""
     for folder in folders(out_dir)[:-keep]:
         if step_of(folder) != best_step:
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")), ignore_errors=True)
+            with contextlib.suppress(OSError):  # no reason to lose a run: the next checkpoint tries again
+                shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))
 
 
 def set_aside(out_dir: Path, step: int) -> None:

@@ -167,7 +167,8 @@ def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def name_of(settings: dict[str, Any]) -> str:
-    text = json.dumps(settings, sort_keys=True)
+    told = {name: value for name, value in settings.items() if name != "compile"}  # that is a matter of speed
+    text = json.dumps(told, sort_keys=True)
     return f"{settings['optimizer']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

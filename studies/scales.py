@@ -51,7 +51,7 @@ LAPTOP: Settings = {
     "dataset": "books_bytes",
     "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 32, "micro_batch_size": 32,
     "max_iters": 5000, "warmup_iters": 100, "eval_interval": 2500, "eval_sequences": 0, "log_interval": 100,
-    "device": "cpu", "dtype": "float32", "compile": False,
+    "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 GPU: Settings = {
     "dataset": "openwebtext",

@@ -3,15 +3,13 @@
 python sample.py --out_dir=out --start="def main" --num_samples=3
 python sample.py --init_from=gpt2 --start="Once upon a time"
 python sample.py --out_dir=out --prompts=lines.txt     what follows each line
-python sample.py --out_dir=out --interactive           ask for texts: Ctrl-C stops one, Ctrl-D ends
 """
 
 import codecs
-import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +32,6 @@ def main() -> None:
     source.add_argument("--init_from", type=os.path.expanduser, help="weights: a hub name, a folder or a ckpt.pt file")
     prompt.add_argument("--start", default="\n", help="text to continue, or FILE:path to read it from a file")
     prompt.add_argument("--prompts", metavar="FILE", help="continue each line of this file; blank lines are left out")
-    prompt.add_argument("--interactive", action="store_true", help="ask for texts to continue, until an empty one")
     add("--num_samples", type=between(1), default=1, help="texts a prompt (default %(default)s)")
     add("--max_new_tokens", type=between(1), default=500, help="most tokens a text (default %(default)s)")
     add("--ignore_eos", action="store_true", help="go on after an end of text, with another document")
@@ -66,9 +63,6 @@ def main() -> None:
             return tokens
         return itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens)
 
-    if options.interactive:
-        interact(lambda text: write(text, continued(encode(text)), tokenizer))
-        return
     texts = [start]
     if options.prompts:
         texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
@@ -103,25 +97,6 @@ def write(start: str, tokens: Iterator[Tensor], tokenizer: Tokenizer) -> None:
         sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token[0].tolist())))
         sys.stdout.flush()
     print(decoder.decode(b"", final=True))
-
-
-def interact(answer: Callable[[str], None]) -> None:
-    """Answer the lines of the terminal until an empty one or Ctrl-D. Ctrl-C stops an answer."""
-    with contextlib.suppress(ImportError):  # some Pythons have none
-        import readline  # noqa: F401 - gives input() a history on the arrow keys
-    sys.stdin.reconfigure(errors="replace")
-    while True:
-        try:
-            if not (text := input("> ")):
-                return
-            answer(text)
-        except KeyboardInterrupt:
-            print()
-        except errors.UserError as error:
-            errors.say(error)
-        except EOFError:
-            print()
-            return
 
 
 def start_text(start: str) -> str:

@@ -1,10 +1,5 @@
 """Generation with cached keys and values against the model without, the options of drawing, and sample.py's modes."""
 
-import os
-import pty
-import select
-import signal
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +7,6 @@ import torch
 
 import sample
 from model import GPT, GPTConfig, draw
-from run.settings import ROOT
 from tests.conftest import write_dataset
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16, bias=True)
@@ -126,42 +120,9 @@ def test_sample_refuses_what_it_cannot_use(refused, call, train, tmp_path):
         ("--top_p=1.5",): "--top_p: 1.5 is not from 0 to 1",
         ("--top_p=nan",): "--top_p: nan is not from 0 to 1",
         ("--dtype=int8",): "--dtype: invalid choice: 'int8'",
-        ("--start=a", "--interactive"): "--interactive: not allowed with argument --start",
+        ("--start=a", "--prompts=b"): "--prompts: not allowed with argument --start",
         (f"--out_dir={run}", "--start=FILE:nowhere.txt"): "nowhere.txt cannot be read",
         (f"--out_dir={run}", "--prompts=nowhere.txt"): "nowhere.txt cannot be read",
         (f"--out_dir={run}", f"--prompts={tmp_path / 'blank.txt'}"): "blank.txt has no line to continue",
     }.items():
         assert complaint in refused(lambda: call(sample, *options))  # noqa: B023
-
-
-def test_sample_talks_at_a_terminal(train, tmp_path):
-    train(tmp_path / "run", max_iters=1)
-    process, terminal = pty.fork()
-    if process == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores it, and so would this process
-        os.chdir(ROOT)
-        options = [f"--out_dir={tmp_path / 'run'}", "--interactive", "--max_new_tokens=1000000", "--top_k=1"]
-        os.execve(sys.executable, [sys.executable, "sample.py", *options], os.environ | {"TERM": "dumb"})
-
-    def read_until(text):
-        seen = b""
-        while not seen.replace(b"\r", b"").endswith(text):
-            assert select.select([terminal], [], [], 120)[0], seen
-            seen += os.read(terminal, 1)
-        return seen
-
-    try:
-        read_until(b"> ")
-        for keys in (b"squared\n", b"\x1b[A\n"):  # then the key that brings the last line back
-            os.write(terminal, keys)
-            read_until(b"squared\nsquared")  # what was typed, and the text that begins with it
-            os.write(terminal, b"\x03")
-            read_until(b"\n> ")
-        os.write(terminal, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    except BaseException:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        raise
-    finally:
-        os.close(terminal)

@@ -52,10 +52,8 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         _check(self.state, self.param_groups)
         # A compiled update takes 0-d tensors: a number would be baked in and compiled anew when it changes.
         number = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu") if self._compile else float
@@ -101,17 +99,11 @@ def _compiled(update: Callable) -> Callable:
 
 def _lion_update(groups: list[tuple]) -> None:
     for params, grads, exp_avgs, lr, beta1, beta2, weight_decay in groups:
-        updates = _lerp(exp_avgs, grads, 1 - beta1)
+        updates = torch._foreach_mul(exp_avgs, beta1)
+        torch._foreach_add_(updates, torch._foreach_mul(grads, 1 - beta1))
         torch._foreach_sign_(updates)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_mul_(updates, lr)
         torch._foreach_sub_(params, updates)
-        _lerp(exp_avgs, grads, 1 - beta2, in_place=True)
-
-
-def _lerp(starts: list[Tensor], ends: list[Tensor], weight: float | Tensor, in_place: bool = False):
-    """torch._foreach_lerp for weights that are tensors too, which torch's own would bake into compiled code."""
-    if not isinstance(weight, Tensor):
-        return (torch._foreach_lerp_ if in_place else torch._foreach_lerp)(starts, ends, weight)
-    results = torch._foreach_add(torch._foreach_mul(starts, 1 - weight), torch._foreach_mul(ends, weight))
-    return torch._foreach_copy_(starts, results) if in_place else results
+        torch._foreach_mul_(exp_avgs, beta2)
+        torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - beta2))

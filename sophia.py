@@ -71,10 +71,8 @@ class _Sophia(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         _check(self.state, self.param_groups)
         # A compiled update takes 0-d tensors: a number would be baked in and compiled anew when it changes.
         number = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu") if self._compile else float
@@ -134,17 +132,7 @@ class SophiaG(_Sophia):
 class SophiaH(_Sophia):
     """Sophia with Hutchinson's estimator, `hutchinson`: algorithms 1 and 3. Arguments as for SophiaG."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 6e-4,
-        betas: tuple[float, float] = (0.96, 0.99),
-        rho: float = 0.01,
-        weight_decay: float = 0.2,
-        eps: float = 1e-12,
-        *,
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, params, lr=6e-4, betas=(0.96, 0.99), rho=0.01, weight_decay=0.2, eps=1e-12, *, compile=False):
         super().__init__(params, lr, betas, rho, weight_decay, eps, compile)
 
 
@@ -179,11 +167,8 @@ def _compiled(update: Callable) -> Callable:
 def _sophia_update(groups: list[tuple]) -> None:
     # Over whole lists at once: eager it is a few launches, compiled it is one pass over the memory.
     for params, grads, exp_avgs, hessians, eps, lr, beta1, rho, weight_decay in groups:
-        if isinstance(beta1, Tensor):  # which lerp would bake in
-            torch._foreach_mul_(exp_avgs, beta1)
-            torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - beta1))
-        else:
-            torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avgs, beta1)
+        torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - beta1))
         denominators = torch._foreach_mul(hessians, rho)
         torch._foreach_clamp_min_(denominators, eps)
         updates = torch._foreach_div(exp_avgs, denominators)

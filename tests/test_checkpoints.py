@@ -11,7 +11,6 @@ import time
 
 import filelock
 import pytest
-from safetensors.torch import load_file, save_file
 
 import train as script
 from run import errors
@@ -23,7 +22,7 @@ from training.start import RunFolder
 
 
 def reseal(folder):
-    """Make the checksums fit the files, as a stranger might."""
+    """Make the checksums fit the files, as those of another version do."""
     (folder / checkpoints.SUMS).write_text("".join(f"{checkpoints.checksum(folder / x)}\n" for x in checkpoints.FILES))
 
 
@@ -80,36 +79,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(train, refuses, tmp_p
     refuses("no other whole checkpoint", out_dir=tmp_path / "run", init_from="auto", max_iters=25)
 
 
-def test_refuses_an_impossible_optimizer_state(checkpoint, refuses, tmp_path):
-    path = checkpoint / "optimizer.safetensors"
-    state = load_file(path)
-    few = state["wte.weight/exp_avg"][:5].clone()
-    for impossible in (
-        {key: value for key, value in state.items() if not key.startswith("wte.weight")},
-        state | {"wte.weight/exp_avg": few},
-        {key.replace("exp_avg_sq", "hessian"): value for key, value in state.items()},
-        state | {"wte.bias/exp_avg": few},
-    ):
-        save_file(impossible, path)
-        reseal(checkpoint)
-        refuses("is damaged: ", out_dir=tmp_path / "run", init_from="resume", max_iters=2)
-
-
-def test_refuses_an_impossible_description(checkpoint, refuses, tmp_path):
+def test_refuses_a_checkpoint_of_another_version(checkpoint, refuses, tmp_path):
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
-    for key, change in (
-        ("settings", []),
-        ("settings", {"optimizer": "sgd"}),
-        ("model", {"n_layer": "x"}),
-        ("model", {"n_layer": 10**9}),
-        ("model", {"n_embd": 2**30}),
-        ("progress", {"step": "x"}),
-        ("progress", {"surprise": 1}),
-    ):
-        path.write_text(json.dumps(state | {key: state[key] | change if change else change}))
+    for changed in (state | {"progress": {"surprise": 1}}, {"model": state["model"]}):
+        path.write_text(json.dumps(changed))
         reseal(checkpoint)
-        refuses("state.json is damaged", out_dir=tmp_path / "run", init_from="resume")
+        refuses("state.json is damaged, or of another version", out_dir=tmp_path / "run", init_from="resume")
 
 
 def test_a_checkpoint_of_before_a_setting_existed_is_gone_on_with(checkpoint, train, tmp_path, capsys):

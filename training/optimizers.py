@@ -12,15 +12,6 @@ from run.ranks import Ranks
 from run.settings import Settings
 from sophia import SophiaG, SophiaH
 
-# What each optimizer remembers of a parameter; Muon the first of its matrices and the others of the rest
-STATE = {
-    "adamw": {"step", "exp_avg", "exp_avg_sq"},
-    "lion": {"exp_avg"},
-    "sophiah": {"exp_avg", "hessian"},
-    "sophiag": {"exp_avg", "hessian"},
-    "muon": {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"},
-}
-
 
 def learning_rate(settings: Settings, step: int) -> float:
     """That of update `step` (from 1): a linear warm-up to `warmup_iters`, half a cosine down to `lr_decay_iters`."""

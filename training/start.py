@@ -133,7 +133,7 @@ def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> 
 
 def resume(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer, machine: Machine) -> Progress:
     """Give the optimizer the checkpoint's state, on every rank. Returns how far the run is."""
-    state = checkpoint.optimizer_state(model) if machine.ranks.is_main else {}
+    state = checkpoint.optimizer_state() if machine.ranks.is_main else {}
     load_state(model, optimizer, state, machine.ranks)
     return checkpoint.progress
 

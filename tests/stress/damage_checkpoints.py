@@ -74,7 +74,7 @@ def load(out_dir: Path) -> tuple:
     checkpoint = checkpoints.newest(out_dir)
     model = GPT(checkpoint.config)
     checkpoint.load_model(model)
-    tensors = [model.state_dict(), checkpoint.optimizer_state(model)]
+    tensors = [model.state_dict(), checkpoint.optimizer_state()]
     data = [{name: tensor.numpy().tobytes() for name, tensor in part.items()} for part in tensors]
     return checkpoint.progress, checkpoint.settings, data
 

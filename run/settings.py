@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from run.errors import UserError
-from run.files import read_small
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,7 +172,7 @@ def read_config(path: Path, included_by: tuple[str, ...] = ()) -> dict[str, Any]
     """The assignments of a config file. It is read as data: nothing in it is executed."""
     files, values = (*included_by, os.path.abspath(path)), {}
     try:
-        tree = ast.parse(read_small(path).decode("utf-8-sig"), path)
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), path)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"config file {path}: {getattr(error, 'strerror', error)}") from None
     for node in tree.body:

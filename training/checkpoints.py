@@ -20,7 +20,7 @@ from torch import Tensor
 from data.token_files import TokenData
 from model import GPT, GPTConfig
 from run.errors import UserError, warn
-from run.files import read_json, read_small
+from run.files import read_json
 from run.settings import Settings
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -121,7 +121,7 @@ def read(folder: Path) -> Checkpoint:
 
 def verify(folder: Path) -> None:
     """Damaged where a file is not the one that its checksum was taken of."""
-    sums = read_small(folder / SUMS).decode().splitlines()
+    sums = (folder / SUMS).read_text(errors="replace").splitlines()
     for name in FILES:
         if checksum(folder / name) not in sums:
             raise Damaged(f"{folder / name} is damaged: its checksum is not that of {SUMS}")

@@ -120,6 +120,9 @@ def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
     if settings.compile:
         separate_compile_cache()
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products are refused; read when CUDA starts
+        torch.use_deterministic_algorithms(True)  # and torch.compile's own switch
     device = find_device(settings.device)
     if settings.backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl: it joins CUDA devices, not {device.type}; use --backend=auto")

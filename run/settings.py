@@ -89,6 +89,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     float32_matmul_precision: Literal["highest", "high", "medium"] = setting("high", "float32 on CUDA; high is TF32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
+    deterministic: bool = setting(False, "only kernels that give the same bits twice; slower on CUDA")
     seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature", least=0)
 
     @property

@@ -45,10 +45,10 @@ def write_dataset(folder, train, val, **meta):
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256} | meta))
 
 
-def text_dataset(folder):
-    """A folder with 20,000 tokens of text to train on, 1,000 to validate."""
+def text_dataset(folder, validation=1000):
+    """A folder with 20,000 tokens of text to train on, some more to validate."""
     text = " ".join(f"{i} squared is {i * i}, its root {math.sqrt(i):.3f};" for i in range(1000)).encode()
-    write_dataset(folder, list(text[:20_000]), list(text[20_000:21_000]))
+    write_dataset(folder, list(text[:20_000]), list(text[20_000 : 20_000 + validation]))
     return folder
 
 

@@ -59,17 +59,33 @@ def test_the_compiled_model_gives_the_losses_of_the_eager_one(train, tmp_path, o
     assert without_timings(eager) != without_timings(compiled)  # compiled code rounds in other places
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
-    options = SMALL | OPTIMIZERS[optimizer] | {"dropout": 0.1}
+def check_resume(train, tmp_path, **options):
+    """Hold two whole runs against each other, and against one that is resumed half-way."""
     whole, again, parts = (tmp_path / name for name in ("whole", "again", "parts"))
     rows = train(whole, **options)
     train(again, **options)
     assert same_weights(last_checkpoint(whole), last_checkpoint(again)), "two runs differ: kernels without fixed order"
     shutil.copytree(whole, parts)
-    shutil.rmtree(last_checkpoint(parts))  # back to step 10
+    shutil.rmtree(last_checkpoint(parts))
     assert without_timings(train(parts, **options, init_from="resume")) == without_timings(rows)
     assert same_weights(last_checkpoint(whole), last_checkpoint(parts))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_ends_bit_identical(train, tmp_path, optimizer):
+    check_resume(train, tmp_path, **SMALL | OPTIMIZERS[optimizer], dropout=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiah", "sophiag"])  # every kind of backward pass
+def test_a_deterministic_run_is_resumed_bit_identical_in_bfloat16_and_compiled(train, tmp_path, optimizer):
+    torch.compiler.reset()
+    long = {"block_size": 1024, "dataset": text_dataset(tmp_path / "data", validation=2000), "eval_sequences": 1}
+    few = {"n_layer": 1, "max_iters": 4, "eval_interval": 2, "hessian_interval": 2}
+    exact = {"deterministic": True, "dtype": "bfloat16", "compile": True}  # attention has other kernels in float32
+    try:
+        check_resume(train, tmp_path, **SMALL | OPTIMIZERS[optimizer] | long | few | exact)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() == 1, reason="only one CUDA device")

@@ -49,6 +49,23 @@ def test_an_empty_variable_of_torchrun_counts_as_unset(train, refuses, monkeypat
     refuses("error: n_head = 0", n_head=0)
 
 
+SWITCHES = """
+import os, sys, torch
+from run.machine import set_up
+from run.settings import read
+set_up(read(["--device=cpu", *sys.argv[1:]]))
+import torch._inductor.config as inductor
+print(torch.are_deterministic_algorithms_enabled(), inductor.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+"""
+
+
+@pytest.mark.parametrize(("option", "found"), [([], "False False None"),
+    (["--deterministic=True"], "True True :4096:8")])  # fmt: skip
+def test_deterministic_turns_all_of_the_switches_of_pytorch(option, found):
+    done = subprocess.run([sys.executable, "-c", SWITCHES, *option], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, found), done.stderr
+
+
 UPDATE = """
 import torch
 from run.machine import set_up

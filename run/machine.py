@@ -116,9 +116,18 @@ def separate_compile_cache() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
+def share_cores() -> None:
+    """Give torch.compile as many workers as this rank has cores for itself; to be called before it is imported."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if local_ranks > 1:  # each of which would start a worker for every core
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // local_ranks)))
+
+
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
     if settings.compile:
+        share_cores()
         separate_compile_cache()
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products are refused; read when CUDA starts

@@ -56,14 +56,28 @@ from run.settings import read
 set_up(read(["--device=cpu", *sys.argv[1:]]))
 import torch._inductor.config as inductor
 print(torch.are_deterministic_algorithms_enabled(), inductor.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+print(inductor.compile_threads)
 """
+
+
+def switches(*options, **environment):
+    """What a run finds of PyTorch's switches, in a process of its own: a line on exactness, one on compilers."""
+    command = [sys.executable, "-c", SWITCHES, *options]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(("option", "found"), [([], "False False None"),
     (["--deterministic=True"], "True True :4096:8")])  # fmt: skip
 def test_deterministic_turns_all_of_the_switches_of_pytorch(option, found):
-    done = subprocess.run([sys.executable, "-c", SWITCHES, *option], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, found), done.stderr
+    assert switches(*option)[0] == found
+
+
+@pytest.mark.parametrize(("environment", "workers"), [({"LOCAL_WORLD_SIZE": "1000"}, 1),
+    ({"LOCAL_WORLD_SIZE": "2", "TORCHINDUCTOR_COMPILE_THREADS": "3"}, 3)])  # fmt: skip
+def test_the_ranks_of_a_machine_share_its_cores_for_compiling(environment, workers):
+    assert switches(**environment)[1] == str(workers)
 
 
 UPDATE = """

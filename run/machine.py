@@ -116,12 +116,15 @@ def separate_compile_cache() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores() -> None:
     """Give torch.compile as many workers as this rank has cores for itself; to be called before it is imported."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if local_ranks > 1:  # each of which would start a worker for every core
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // local_ranks)))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // local_ranks)))
 
 
 def set_up(settings: Settings) -> Machine:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from data.preparation.writer import TextBatch, write_data_set
 from data.tokenizers import TOKENIZERS
 from run.errors import UserError
+from run.machine import cores
 from run.options import Parser, between
 from run.settings import ROOT
 
@@ -55,10 +56,6 @@ def prepare(description: str | None, name: str, source: str, config: str | None 
         options.source, config, options.data_files, options.streaming, options.text_column, options.val_fraction
     )
     write_data_set(options.out_dir, documents, tokenizer, options.workers, options.overwrite)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_documents(

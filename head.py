@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_LOGITS = 2**25  # in a chunk, which is to fit into a CPU's caches
+CPU_LOGITS = 2**25  # in a chunk on a CPU, for its caches
 
 
 class ChunkLoss(nn.Module):
@@ -21,7 +21,7 @@ class ChunkLoss(nn.Module):
     A subclass may take other targets than labels, in `labels`, or have another `loss`.
     """
 
-    gpu_logits = 2**28  # in a chunk, as GPUs want large products; not measured
+    gpu_logits = 2**28  # in a chunk on a GPU, which wants large products; not measured
 
     def labels(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (N, V) and targets (…, N) give integers (N,)."""
@@ -32,13 +32,13 @@ class ChunkLoss(nn.Module):
         logits = F.linear(hidden, weight)  # (N, V)
         logits = logits.to(wide_dtype(logits))
         labels = self.labels(logits.detach(), targets)  # (N,)
-        # F.cross_entropy by hand, as that compares labels in 64 bits: a step of a small model takes 3 % less on a CPU.
+        # Written out, as F.cross_entropy compares labels in 64 bits: a small model's step takes 3 % longer on a CPU.
         peak = logits.detach().amax(dim=-1, keepdim=True)  # (N, 1)
-        log_total = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)  # (N,), of the softmax's denominators
+        log_total = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)  # (N,), log of the softmax's denominator
         return ((log_total - of_labels(logits, labels)) * (labels >= 0)).sum()
 
     def forward(self, d_weight: Tensor | None, hidden: Tensor, weight: Tensor, *inputs: Tensor) -> tuple:
-        """The loss, and its gradient by `hidden`; that by `weight` is added to `d_weight`. With None no gradients."""
+        """The loss, and its gradient by `hidden`; that by `weight` is added to `d_weight`. With None neither."""
         if d_weight is None:
             return self.loss(hidden, weight, *inputs), None
         (d_hidden, more), loss = torch.func.grad_and_value(self.loss, argnums=(0, 1))(hidden, weight, *inputs)
@@ -53,18 +53,18 @@ def of_labels(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """In which matrix products with the tensor are computed: autocast's format, or its own."""
+    """The dtype of matrix products with the tensor: autocast's, or its own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """In which sums and exponentials over the tensor are computed: float32, or float64 for a float64 tensor."""
+    """The dtype of sums and exponentials over the tensor: float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def chunk_rows(positions: int, vocab_size: int, logits: int) -> int:
-    """How many positions a chunk of up to `logits` logits has; all are of one size unless that takes twice as many."""
+    """Positions in a chunk of up to `logits` logits. Chunks are of one size where fewer than twice as many do it."""
     least = max(1, math.ceil(positions * vocab_size / logits))
     chunks = next((n for n in range(least, 2 * least) if positions % n == 0), least)
     return math.ceil(positions / chunks)
@@ -101,8 +101,8 @@ def mean_in_chunks(
 ) -> Tensor:
     """The sum of the losses of all positions, divided by `count`: a scalar that can be differentiated once.
 
-    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are what `chunk_loss` takes,
-    and so are `constants`, of which every chunk gets all.
+    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are split like
+    them, and `constants` go whole to every chunk: both are what `chunk_loss` takes.
     """
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _MeanInChunks.apply(hidden, weight, targets, count, chunk_loss, with_gradients, *constants)

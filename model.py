@@ -18,10 +18,10 @@ from head import ChunkLoss, mean_in_chunks
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 small's, its vocabulary padded to a multiple of 64."""
+    """The shape of a model. Each field but vocab_size is a setting too. The defaults are GPT-2 small's."""
 
     block_size: int = 1024
-    vocab_size: int = 50304
+    vocab_size: int = 50304  # 50257, padded to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -51,6 +51,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Whoever changes it changes training/hessian_product.py too, which computes it again with its tangent."""
+
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
         self.n_head, self.dropout, self.layer_idx = config.n_head, config.dropout, layer_idx
@@ -61,7 +63,7 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer_idx + 1
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, C) gives (B, T, C); with a cache either one token that follows it, or any number of first ones."""
+        """x (B, T, C) gives (B, T, C). With a cache x is the first T tokens, or one further token."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
         if cache is not None:
@@ -127,12 +129,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile(self) -> None:
-        """torch.compile, in place, what takes the time: in parts, so that all losses share the blocks."""
+        """torch.compile, in place, the blocks and the loss: apart, so that every loss shares the compiled blocks."""
         for part in (self.h, self.chunk_loss):
             part.compile(dynamic=False)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final, normalised hidden states, (B, T, C), of tokens `idx`, (B, T) integers, that follow the cached."""
+        """Final, normalised hidden states (B, T, C) of tokens `idx`, (B, T) integers, that follow the cached ones."""
         start, T = cache.length if cache else 0, idx.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
@@ -140,7 +142,7 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if cache is None:
             return self.ln_f(self.h(x))
-        for block in self.h:  # not `self.h`, which may be compiled, and would be anew for every length
+        for block in self.h:  # one by one: a compiled self.h would be compiled anew for every length
             x = block(x, cache)
         cache.length += T
         return self.ln_f(x)
@@ -157,7 +159,7 @@ class GPT(nn.Module):
         return mean_in_chunks(hidden.flatten(0, 1), weight, targets.flatten(), count, self.chunk_loss)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None) -> Tensor:
-        """Tokens `idx` (B, T) and `max_new_tokens` more, (B, T + max_new_tokens). `draw` has the options."""
+        """Tokens `idx` (B, T) and `max_new_tokens` more, (B, T + max_new_tokens). For the options see `draw`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
 
     @torch.no_grad()
@@ -197,7 +199,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, ge
     probabilities = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         descending, tokens = probabilities.sort(descending=True)
-        before = descending[:, :-1].cumsum(dim=-1)  # what is likelier than the second, the third, …
+        before = descending[:, :-1].cumsum(dim=-1)  # probability of all likelier tokens
         descending[:, 1:].masked_fill_(before >= top_p, 0)
         probabilities = probabilities.scatter(1, tokens, descending)
     return torch.multinomial(probabilities, 1, generator=generator)

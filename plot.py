@@ -2,7 +2,7 @@
 
     python plot.py out/adamw out/sophiag -o curves.png         or curves.svg, curves.pdf
     python plot.py out/adamw_* out/sophiag_* --x=tokens        over tokens instead of steps
-    python plot.py --speedup out/adamw out/sophiag             how much sooner has the second the first's final loss?
+    python plot.py --speedup out/adamw out/sophiag             how much sooner is the second at the first's loss?
 
 Runs whose settings differ in nothing but the seed and names are one curve: their mean, in a band from the lowest to
 the highest. Lines are straight from one evaluation to the next, and --speedup reads the losses off these lines.

@@ -55,7 +55,7 @@ class _Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, estimate: Iterable[Tensor]) -> None:
-        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1], but not where it is inf or NaN.
+        """Move the running Hessian diagonal towards `estimate` by 1 - betas[1], except where it is inf or NaN.
 
         estimate: one tensor for each of the optimizer's parameters, in their order and of their shapes. Call it
         before the `step` it is meant for. Raises as `step` does.
@@ -165,7 +165,7 @@ def _compiled(update: Callable) -> Callable:
 
 
 def _sophia_update(groups: list[tuple]) -> None:
-    # Over whole lists at once: eager it is a few launches, compiled it is one pass over the memory.
+    # Over whole lists: a few launches when eager, one pass over the memory when compiled.
     for params, grads, exp_avgs, hessians, eps, lr, beta1, rho, weight_decay in groups:
         torch._foreach_mul_(exp_avgs, beta1)
         torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - beta1))
@@ -222,7 +222,7 @@ def labels_from_uniforms(logits: Tensor, uniforms: Tensor) -> Tensor:
 def _invert_cdf(masses: Tensor, uniform: Tensor) -> Tensor:
     cumulative = masses.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # below the total too, which a number next to 1 may be rounded to: the last index with a mass is the last possible
+    # uniform * total may round up to total: the second condition keeps to the last index with a mass
     return ((cumulative <= uniform * total) & (cumulative < total)).sum(dim=-1, keepdim=True)
 
 
@@ -239,7 +239,7 @@ def gauss_newton_bartlett(
     """
     labels = sample_labels(logits.detach(), generator)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    # The sum's gradient is B * g: the mean's would be lost where float16 is used on the way.
+    # The sum's gradient is B * g: the mean's could underflow in float16.
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(wide), labels.flatten(), reduction="sum")
     return [gradient * (gradient / labels.numel()) for gradient in _gradients([loss], list(params))]
 
@@ -255,7 +255,7 @@ def hutchinson(loss: Tensor, params: Iterable[Tensor], generator: torch.Generato
     """
     params = list(params)
     if any(is_sharded(param) for param in params):
-        raise ValueError("hutchinson does not work on sharded parameters (FSDP2): use gauss-newton-bartlett's labels")
+        raise ValueError("hutchinson does not work on sharded parameters (FSDP2): take sample_labels and .backward()")
     gradients = _gradients([loss], params, create_graph=True)
     directions = normal_like(params, generator)
     with_graph = [(g, u) for g, u in zip(gradients, directions, strict=True) if g.requires_grad]

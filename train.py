@@ -26,12 +26,12 @@ from training.checkpoints import Checkpoint, Progress, last_good
 from training.curvature import Curvature
 from training.meter import Meter, StepResult
 from training.metrics import Metrics
-from training.optimizers import Optimizer, betas, learning_rate, make_optimizer, parameters
-from training.start import RunFolder, as_used, check_same_job, describe, form_buckets, make_model, resume, wrap
+from training.optimizers import Optimizer, betas, learning_rate, load_state, make_optimizer, parameters
+from training.start import RunFolder, as_used, check_same_job, describe, form_buckets, make_model, wrap
 
 
 def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, curvature: Curvature) -> StepResult:
-    """Update `step` (from 1) of the weights, without a wait for its results."""
+    """Update `step` (from 1) of the weights, without waiting for the device."""
     settings, params = batches.settings, parameters(optimizer)
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = learning_rate(settings, step), betas(settings, step)
@@ -45,13 +45,13 @@ def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, 
 
 
 def accumulate_gradients(step: int, model: nn.Module, batches: Batches) -> Tensor:
-    """Leave the gradient of the batch's mean loss, over all ranks, in .grad. Returns the mean over this rank's part."""
+    """Leave the gradient of the batch's mean loss, over all ranks, in .grad. Returns this rank's mean loss."""
     settings, machine = batches.settings, batches.machine
     if settings.dropout > 0:
         seed_dropout(settings.seed, step, machine.ranks.rank)
     total = torch.zeros((), device=machine.device)
     for number, (x, y) in enumerate(batches.train(step), start=1):
-        model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP exchanges the last one's sum
+        model.require_backward_grad_sync = number == batches.accumulation_steps  # DDP averages at the last one only
         with machine.forward_context():
             loss = model(x, y) / batches.accumulation_steps
         loss.backward()
@@ -78,7 +78,7 @@ def evaluate(model: GPT, batches: Batches) -> float:
 
 
 def main() -> None:
-    # What can be refused early is refused before anything is allocated or written.
+    # Check all input before anything is allocated or written.
     settings = read(sys.argv[1:])
     rank, count = environment()
     check_batch(settings, count)
@@ -101,7 +101,10 @@ def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machi
     settings = as_used(settings, model, checkpoint)
     parallel = wrap(model, machine)
     optimizer = make_optimizer(model, settings, machine)
-    progress = resume(checkpoint, model, optimizer, machine) if checkpoint else Progress(settings.init_from)
+    progress = Progress(settings.init_from)
+    if checkpoint:
+        progress = checkpoint.progress
+        load_state(model, optimizer, checkpoint.optimizer_state() if machine.ranks.is_main else {}, machine.ranks)
     batches = Batches(data, settings, machine)
     curvature = Curvature(model, settings, machine, batches)
 
@@ -125,7 +128,7 @@ def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machi
             val_loss = meter.record_validation(evaluate(model, batches))
             metrics.write({"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0, "val/loss": val_loss})
             writer.begin(progress)
-            writer.finish_or_fail()  # what cannot be written now will hardly be written later
+            writer.finish_or_fail()  # fail now if the folder cannot hold a checkpoint
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
             meter.add(update(step, parallel, optimizer, batches, curvature))

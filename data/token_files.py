@@ -35,7 +35,6 @@ class TokenData:
     train: "Tokens"
     val: "Tokens"
     block_size: int
-    has_meta: bool
 
     @property
     def padded_vocab_size(self) -> int:
@@ -163,8 +162,7 @@ def open_data(dataset: str, block_size: int) -> TokenData:
         if len(tokens) <= block_size:
             raise UserError(f"{tokens.name} has {len(tokens)} tokens, fewer than one block of {block_size + 1 = }")
         check_range(tokens.read(0, min(len(tokens), CHECKED_TOKENS)), meta["vocab_size"], tokens.name)
-    has_meta = (folder / "meta.json").exists()
-    return TokenData(folder, meta["tokenizer"], meta["vocab_size"], train, val, block_size, has_meta)
+    return TokenData(folder, meta["tokenizer"], meta["vocab_size"], train, val, block_size)
 
 
 def read_meta(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line and an exit code, never a traceback. And those of the machine."""
+"""How a program ends: a user's error with one line and an exit code, a machine's with a traceback besides."""
 
 import os
 import sys
@@ -91,7 +91,7 @@ def run(main: Callable[[], None]) -> None:
             raise UserError(f"Linux and macOS are supported, {sys.platform} is not: on Windows use WSL")
         main()
     except UserError as error:
-        if local_rank == "0" or isinstance(error, RankError):  # otherwise the machine's first rank says the same
+        if local_rank == "0" or isinstance(error, RankError):  # else the machine's first rank says it
             say(error if rank == "0" else f"rank {rank}: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -103,12 +103,12 @@ def run(main: Callable[[], None]) -> None:
         words = "out of memory", "can't allocate memory"  # CUDA's allocator's and the CPU's
         if isinstance(error, MemoryError) or any(each in str(error) for each in words):
             what = f"rank {rank} ran out of memory ({str(error):.200})"
-            say(f"{what}: lower micro_batch_size (of tools.evaluate: --batch_size)")
+            say(f"{what}: lower micro_batch_size (in tools.evaluate: --batch_size)")
             sys.exit(UserError.exit_code)
         if not (fault := machine_at_fault(error)):
             raise
         say(f"rank {rank}: {fault}")
-        traceback.print_exc()  # which says most
+        traceback.print_exc()  # it has the details
         sys.exit(MachineError.exit_code)
 
 

@@ -51,7 +51,7 @@ class Machine:
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
-        model = re.sub(r"NVIDIA |GeForce |[ -](SXM4|PCIE|\d+GB?|HBM3e?)\b", "", name)  # some names tell of the memory
+        model = re.sub(r"NVIDIA |GeForce |[ -](SXM4|PCIE|\d+GB?|HBM3e?)\b", "", name)  # vendor, form factor, memory
         return 1e12 * PEAK_TFLOPS[model] if model in PEAK_TFLOPS else None
 
     def note(self, text: str) -> None:
@@ -71,7 +71,7 @@ def find_device(name: str) -> torch.device:
     if device.type != "cuda":
         return device
     if device.index is not None and environment()[1] > 1:
-        raise UserError(f"device = {name!r}: of several ranks each takes its own device; use --device=cuda")
+        raise UserError(f"device = {name!r}: each rank takes its own device; use --device=cuda")
     index = int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index
     if index >= (count := torch.cuda.device_count()):
         raise RankError(f"device = {name!r}: device {index} is asked for, but there are {count}, numbered from 0")
@@ -99,7 +99,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def set_matmul_precision(settings: Settings, device: torch.device) -> None:
-    if device.type == "cuda":  # PyTorch's switch is oneDNN's too, and would change what a CPU computes
+    if device.type == "cuda":  # the switch is oneDNN's too, and would change what a CPU computes
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
 
 
@@ -107,7 +107,7 @@ def separate_compile_cache() -> None:
     """Give every kind of processor a folder of its own in torch.compile's cache, to be called before it compiles."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import, and not always needed
 
-    # PyTorch's keys leave the instruction set out (2.13): code for AVX-512 would be taken where there is AVX2, and
+    # PyTorch's keys leave the instruction set out (2.13): a machine with AVX2 would take code for AVX-512, which
     # computes half of its numbers there
     kind = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
     name = hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
@@ -144,10 +144,10 @@ def set_up(settings: Settings) -> Machine:
     set_matmul_precision(settings, device)
     torch.set_flush_denormal(True)  # denormal numbers slow some CPU runs by half
     plain_attention = device.type == "cpu" and dtype == torch.bfloat16 and settings.block_size <= SHORT_CONTEXT
-    # without this PyTorch computes plain attention in float32; the flag is not CUDA's alone, whatever its name says
+    # without this PyTorch computes plain attention in float32; despite its name the flag is a CPU's too
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
-    # otherwise attention that is compiled and checkpointed draws its dropout on CUDA from generators of its own, which
-    # torch.manual_seed does not reach (torch 2.13): a resumed run would draw other masks
+    # without this, attention that is compiled and checkpointed draws its dropout on CUDA from generators that
+    # torch.manual_seed does not set (torch 2.13): a resumed run would draw other masks
     torch._functorch.config.graphsafe_rng_functionalization = False
     compile = settings.compile and has_compiler(device)
     machine = Machine(device, dtype, compile, join(device, settings.backend, settings.timeout), plain_attention)

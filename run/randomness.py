@@ -16,5 +16,5 @@ def torch_seed(seed: int, purpose: int, *position: int) -> int:
 
 
 def seed_dropout(seed: int, step: int, rank: int, purpose: int = DROPOUT) -> None:
-    """Dropout alone draws from the global generator: start it anew, so that a step's masks do not depend on others."""
+    """Seed the global generator, from which dropout alone draws: a step's masks depend on no other step."""
     torch.manual_seed(torch_seed(seed, purpose, step, rank))

@@ -23,7 +23,7 @@ def environment() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job. All call its collectives in one order; with one rank these do nothing."""
+    """This process among those of the job. All call collectives in the same order. With one rank they do nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -75,7 +75,7 @@ def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store
     """A part of the store that only these processes use; RuntimeError with the ranks that did not come in time.
 
     torchrun keeps its store when it restarts the workers, with the addresses of the dead ones in it (torch 2.13). So
-    every rank signs in under a new name, and the ranks have met when all of them have seen the same names.
+    every rank writes a new random name, and the ranks have met when all of them have read the same names.
     """
     ranks = range(count)
     store.set(f"arrived/{rank}", uuid.uuid4().hex)

@@ -29,7 +29,7 @@ AVERAGED_HESSIAN_BATCH_SIZE = 32  # sophiag's with hessian_estimator=averaged ne
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:
-    """A field. Its bounds are `least`, and `most` (inclusive) or `below` (exclusive)."""
+    """A field with its help text. Bounds: `least`, and `most` (inclusive) or `below` (exclusive)."""
     return dataclasses.field(default=default, metadata={"help": help} | bounds)
 
 
@@ -67,7 +67,7 @@ class Settings:
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer", least=0)
     beta1: float | None = setting(None, "decay of the momentum; None: by optimizer", least=0, below=1)
-    beta2: float | None = setting(None, "decay of second moment, h, or lion's m; None: by optimizer", least=0, below=1)
+    beta2: float | None = setting(None, "of second moment, Sophia's h or Lion's m; None: likewise", least=0, below=1)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
     rho: float | None = setting(None, "Sophia: larger, fewer coordinates are clipped; None: by optimizer", least=0)
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one", least=1)
@@ -133,13 +133,13 @@ def type_name(name: str) -> str:
 
 
 def from_text(name: str, text: str) -> Any:
-    """A value on the command line: a literal as in a config file, where the setting is no text."""
+    """A value on the command line: a literal, as in a config file, unless the setting is text."""
     if text != "None" and (str in ALLOWED[name] or isinstance(ALLOWED[name][0], str)):
         return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text  # is not of the setting's type, as check_value will say
+        return text  # check_value says what is wrong with it
 
 
 def check_name(name: str, where: str) -> None:

@@ -10,7 +10,6 @@ import torch
 from run.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
-# Windows, which errors.run refuses, has two of them
 SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")]
 
 
@@ -19,7 +18,7 @@ class StopSignals:
 
     def __init__(self, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.asked: str | None = None
-        self.ranks, self.note = ranks, note  # which shows a line
+        self.ranks, self.note = ranks, note  # note(text) prints a line
 
     def stop_requested(self) -> bool:
         """Whether a signal reached any rank: the hosts ask each other after each step, and wait for no device."""
@@ -41,5 +40,5 @@ class StopSignals:
         if not self.asked:
             self.asked = signal.Signals(number).name
             self.note(f"{self.asked}: finishing the step, then writing a checkpoint")
-        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):  # which passes it on once more
+        elif number == signal.SIGINT and not os.environ.get("TORCHELASTIC_RUN_ID"):  # which sends Ctrl-C a second time
             raise KeyboardInterrupt

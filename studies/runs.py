@@ -182,7 +182,7 @@ def read_result(folder: Path, settings: dict[str, Any], diverged: bool) -> Resul
         last={key: rows[-1][key] for key in KEPT if key in rows[-1]},
         parameters=sum(param.numel() for param in new_model(settings).parameters()),
         fingerprints=fingerprints(settings),
-        commit=metrics.commit(),
+        commit=commit(),
     )
 
 
@@ -212,3 +212,12 @@ def fingerprints(settings: dict[str, Any]) -> dict[str, str]:
         hashes["initial_weights"].update(weight.numpy())
     hashes["validation"].update(data.val_rows(data.val_blocks(full.eval_sequences)).numpy())
     return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
+
+
+def commit() -> str | None:
+    """The commit of this program, with `-dirty` at its end where tracked files differ; None outside a git checkout."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -18,7 +18,7 @@ import pytest
 
 from run.errors import UserError
 from run.settings import ROOT
-from studies import losses, report
+from studies import losses, report, runs
 from studies.__main__ import STUDIES
 from studies.claims import Claim, verdicts
 from studies.runs import Ledger, Plan, Result, Runner, fingerprints, name_of
@@ -285,3 +285,15 @@ def test_the_published_report_is_that_of_the_published_runs():
     for result in Ledger(folder / "runs.jsonl").results.values():  # runs with one seed share weights and batches
         key = [result.settings[name] for name in ("seed", "n_embd", "batch_size", "max_iters")]
         assert shared.setdefault(tuple(key), result.fingerprints) == result.fingerprints
+
+
+def test_a_commit_is_said_with_changes_and_nothing_is_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.com"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    assert re.fullmatch("[0-9a-f]{40}", clean := runs.commit())
+    (tmp_path / "file").write_text("two")
+    subprocess.run([*git, "add", "file"], check=True)
+    assert runs.commit() == f"{clean}-dirty"

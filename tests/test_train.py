@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import re
-import subprocess
 import sys
 import time
 import types
@@ -21,7 +19,6 @@ from run.machine import Machine
 from run.ranks import Ranks
 from run.settings import read
 from tests.conftest import last_checkpoint, listing, needs_compiler, same_weights, write_dataset
-from training import metrics
 from training.checkpoints import Progress
 from training.meter import Meter, StepResult
 
@@ -134,7 +131,6 @@ def test_wandb_gets_the_rows_of_a_run_and_of_its_resumption_under_one_id(train, 
     assert (first["project"], first["name"], first["config"]["max_iters"]) == ("a project", tmp_path.name, 3)
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
-    assert first["config"]["commit"] == metrics.commit()
     assert "min" in wandb.define_metric.call_args.kwargs["summary"]
     with pytest.raises(errors.Diverged):
         train(tmp_path, **options, max_iters=20, init_from="resume", **DISASTER)
@@ -150,18 +146,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(tmp_path, init_from="resume", log_interval=4, **DISASTER)
     assert last_checkpoint(tmp_path).name == "step_00000010"
     assert all(torch.isfinite(w).all() for w in load_file(last_checkpoint(tmp_path) / "model.safetensors").values())
-
-
-def test_a_commit_is_said_with_changes_and_nothing_is_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "ROOT", tmp_path)
-    assert metrics.commit() is None
-    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.com"]
-    for command in (["init"], ["commit", "--allow-empty", "-m", "one"]):
-        subprocess.run([*git, *command], check=True, capture_output=True)
-    assert re.fullmatch("[0-9a-f]{40}", clean := metrics.commit())
-    (tmp_path / "file").write_text("two")
-    subprocess.run([*git, "add", "file"], check=True)
-    assert metrics.commit() == f"{clean}-dirty"
 
 
 def test_a_complete_run_stays_as_it_is_and_eval_only_writes_nothing(train, tmp_path, capsys):

@@ -72,7 +72,7 @@ def alternate(functions: dict[Any, Callable[[], float]], rounds: int, warm_up: i
 def random_tokens(settings: Settings) -> TokenData:
     ids = np.random.default_rng(0).integers(GPT2.vocab_size, size=100 * settings.block_size + 1, dtype=np.uint16)
     tokens = Tokens([ids], "random tokens")
-    return TokenData(Path(), GPT2.name, GPT2.vocab_size, tokens, tokens, settings.block_size, has_meta=True)
+    return TokenData(Path(), GPT2.name, GPT2.vocab_size, tokens, tokens, settings.block_size)
 
 
 def our_step(settings: Settings) -> Callable[[bool], None]:

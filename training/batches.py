@@ -25,7 +25,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         self._ahead = Ahead(self._load, self.machine.device)
-        self.seconds_waited = 0.0  # for sequences to train on and to estimate curvature from, so far
+        self.seconds_waited = 0.0  # for batches of training and of curvature, so far
 
     @property
     def accumulation_steps(self) -> int:
@@ -94,7 +94,7 @@ class Ahead:
     """Calls `load` for the next key in a thread of its own while the present one is worked on."""
 
     def __init__(self, load: Callable[[Any], Tensor], device: torch.device):
-        # a thread begins with device 0, and pinned memory belongs to a device
+        # a new thread uses device 0, and pinned memory belongs to a device
         set_up = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
         self._load, self._pool = load, ThreadPoolExecutor(1, "reader", *set_up)
         self._begun: dict[Any, Future] = {}
@@ -107,7 +107,7 @@ class Ahead:
 
 
 def check_batch(settings: Settings, ranks: int) -> None:
-    """Refuse batches that cannot be divided as the settings ask; the message names values that would do."""
+    """Refuse batches that cannot be divided as the settings ask; the message names values that fit."""
     s = settings
     unit = s.micro_batch_size * ranks
     if s.batch_size % unit:

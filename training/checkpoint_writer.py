@@ -54,7 +54,7 @@ class CheckpointWriter:
             self._written = self._thread.submit(self._write, dataclasses.replace(progress), copies)
 
     def finish(self) -> str | None:
-        """Wait until the checkpoint that was begun is on the disk. Returns why it is not, if it is not."""
+        """Wait until the checkpoint that was begun is on the disk. Returns why it failed, or None."""
         return self._written.result() if self._written else None
 
     def finish_or_fail(self) -> None:
@@ -67,7 +67,7 @@ class CheckpointWriter:
             write(self.out_dir, progress.step, tensors, {"progress": dataclasses.asdict(progress)} | self.description)
         except (OSError, SafetensorError, MemoryError) as error:
             complaint = f"the checkpoint of step {progress.step} could not be written: {error}"
-            warn(f"{complaint}; the run goes on")  # a full disk, say, is no reason to lose it
+            warn(f"{complaint}; the run goes on")  # a full disk, say
             return complaint
         prune(self.out_dir, self.keep, progress.best_step)
         return None
@@ -78,7 +78,7 @@ def on_the_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(out_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
-    """Write the files beside and rename their folder into place when the disk has them."""
+    """Write a folder of another name, have the disk hold it, then rename it."""
     folder = out_dir / "checkpoints" / f"step_{step:08d}"
     for unfinished in folder.parent.glob("*.tmp"):
         shutil.rmtree(unfinished)

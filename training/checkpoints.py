@@ -2,8 +2,10 @@
 
 out_dir/checkpoints/step_00001000/model.safetensors       the weights
                                  /optimizer.safetensors   the optimizer's state, as <parameter>/<name of the state>
-                                 /state.json              everything else
+                                 /state.json              progress, settings, shape, tokenizer, the data's fingerprint
                                  /SHA256SUMS              checksums of the three, as `sha256sum -c` reads them
+
+There is no state of a random generator: run/randomness.py derives all numbers from seed and step.
 """
 
 import dataclasses
@@ -36,13 +38,13 @@ class Damaged(UserError):
 class Progress:
     """What a run has to remember besides its weights and its optimizer."""
 
-    started_from: str = "scratch"  # or the pretrained weights, whose shape the model then has
+    started_from: str = "scratch"  # or the name of pretrained weights
     step: int = 0  # completed updates
     seconds: float = 0.0  # spent training so far
     clipped_steps: int = 0  # updates whose gradient was clipped
     val_loss: float | None = None  # at the last evaluation
     best_val_loss: float | None = None
-    best_step: int | None = None  # that had it
+    best_step: int | None = None  # of best_val_loss
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Checkpoint:
 def folders(out_dir: Path) -> list[Path]:
     """The checkpoints under `out_dir`, oldest first."""
     parent = out_dir / "checkpoints"
-    if not os.path.isdir(parent):  # which, unlike pathlib's, is False for a name that cannot be
+    if not os.path.isdir(parent):  # False for an impossible name, where pathlib raises
         return []
     return sorted((path for path in parent.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
@@ -82,7 +84,7 @@ def last_good(out_dir: Path) -> str:
 
 
 def find(folder: Path) -> Checkpoint:
-    """The checkpoint whose folder it is, or the newest one of the run whose folder it is; UserError for any other."""
+    """The checkpoint in a checkpoint's folder, or the newest one in a run's; UserError for any other folder."""
     return read(folder.resolve()) if (folder / "state.json").is_file() else newest(folder)
 
 
@@ -111,7 +113,7 @@ def read(folder: Path) -> Checkpoint:
         state = read_json(folder / "state.json")
         config, progress = GPTConfig(**state["model"]), Progress(**state["progress"])
         if STEP_FOLDER.fullmatch(folder.name) and progress.step != step_of(folder):
-            raise ValueError("another checkpoint's name")
+            raise ValueError
         return Checkpoint(folder, config, progress, state["settings"], state["tokenizer"], state["data"])
     except OSError as error:
         raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -120,7 +122,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def verify(folder: Path) -> None:
-    """Damaged where a file is not the one that its checksum was taken of."""
+    """Damaged where a checksum does not match."""
     sums = (folder / SUMS).read_text(errors="replace").splitlines()
     for name in FILES:
         if checksum(folder / name) not in sums:

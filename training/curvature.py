@@ -23,7 +23,7 @@ class SampledLabelLoss(ChunkLoss):
 
 
 class Curvature:
-    """Estimates of the Hessian diagonal, from the first sequences of a step: by weights, seed and step alone."""
+    """Estimates of the Hessian diagonal, from the first sequences of a step. Weights, seed and step determine them."""
 
     def __init__(self, model: GPT, settings: Settings, machine: Machine, batches: Batches):
         self.model, self.settings, self.machine, self.batches = model, settings, machine, batches
@@ -88,7 +88,7 @@ class Curvature:
         settings, product = self.settings, self._hessian_product
         seed = torch_seed(settings.seed, DIRECTIONS, step)
         directions = normal_like(params, torch.Generator(self.machine.device).manual_seed(seed))
-        for direction in directions:  # rank 0's, as GPUs of another kind draw other numbers
+        for direction in directions:  # take rank 0's: GPUs of another kind draw other numbers
             self.machine.ranks.broadcast(direction)
         named, direction_of = dict(self.model.named_parameters()), dict(zip(params, directions, strict=True))
         weights, u = product.weights(), {name: direction_of[param] for name, param in named.items()}

@@ -66,7 +66,7 @@ class HessianProduct:
         def embed(weights: Named) -> Tensor:
             return F.embedding(idx, weights[embedding]) + weights[positions][: idx.shape[1]]
 
-        x, dx = embed(weights), embed(u).requires_grad_()  # dx as in later layers, which share the code
+        x, dx = embed(weights), embed(u).requires_grad_()  # as in later layers, which share the compiled code
         for number, block in enumerate(model.h):
             parts = block, part_of(weights, f"h.{number}."), part_of(u, f"h.{number}.")
             if model.h.checkpoint_activations:
@@ -74,8 +74,8 @@ class HessianProduct:
             else:
                 x, dx = self.block(*parts, x, dx)
         hidden = torch.cat(self.norm(part_of(weights, "ln_f."), part_of(u, "ln_f."), (x,), (dx,)), dim=-1)  # (B, T, 2C)
-        positions, head, du = hidden.flatten(0, 1), weights[embedding], u[embedding].to(product_dtype(x))
-        mean_in_chunks(positions, head, targets.flatten(), count, self.loss_tangent, du).backward()
+        rows, head, du = hidden.flatten(0, 1), weights[embedding], u[embedding].to(product_dtype(x))
+        mean_in_chunks(rows, head, targets.flatten(), count, self.loss_tangent, du).backward()
 
     def block(self, block: Block, weights: Named, u: Named, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         qkv, d_qkv = self.before_attention(weights, u, (x,), (dx,))
@@ -144,16 +144,15 @@ class AttentionTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dq, dk, dv, scale, functions):
-        ctx.scale, ctx.functions = torch.tensor(scale, dtype=torch.float64), functions  # a number would be compiled in
+        ctx.scale, ctx.functions = torch.tensor(scale, dtype=torch.float64), functions  # a number would be a constant
         ctx.save_for_backward(q, k, v, dq, dk, dv)
         return functions[0](q, k, v, dq, dk, dv, ctx.scale)
 
     @staticmethod
     def backward(ctx, gradient):
-        halves = zip(
-            *(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True
-        )  # half of the heads each
-        gradients = [ctx.functions[1](*half, ctx.scale) for half in halves]  # whose temporary tensors are large
+        # half of the heads at a time, as the temporary tensors are large
+        halves = zip(*(x.chunk(2, dim=1) for x in (*ctx.saved_tensors, gradient)), strict=True)
+        gradients = [ctx.functions[1](*half, ctx.scale) for half in halves]
         return *(torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True)), None, None
 
 
@@ -191,7 +190,7 @@ def attention_tangent_backward(
 
 
 def add_blocks(sums: list[Tensor], part: Tensor) -> None:
-    """Add to `sums`, one for each block of keys, the rows of `part` (BH, N, D), which has one block more."""
+    """Add to `sums`, one for each block of keys, the rows of `part` (BH, N, D). `part` has one block more."""
     blocks = part.to(wide_dtype(part)).split(QUERIES_PER_BLOCK, dim=1)
     sums[:] = [total + block for total, block in zip(sums, blocks, strict=False)] + [blocks[-1]]
 
@@ -217,7 +216,7 @@ class TangentLoss(ChunkLoss):
     tangents, `du` (V, C) is the tangent of the weight.
     """
 
-    gpu_logits = 2**26  # as each takes 14 bytes, and in training 4
+    gpu_logits = 2**26  # a logit takes 14 bytes here, and 4 in training
 
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, du: Tensor) -> Tensor:
         values, tangents = hidden.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""What the updates since the last logged row came to."""
+"""Losses, speed and progress since the last logged row."""
 
 import math
 import time

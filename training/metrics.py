@@ -1,9 +1,8 @@
-"""What a run shows: rows in metrics.jsonl, the same in wandb, and a bar on the terminal."""
+"""Where a run's rows go: metrics.jsonl, wandb, and a bar on the terminal. meter.py computes them."""
 
 import json
 import os
 import secrets
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from run.errors import UserError, warn
 from run.files import flush
-from run.settings import ROOT, Settings
+from run.settings import Settings
 
 FILE = "metrics.jsonl"
 
@@ -42,7 +41,7 @@ class Metrics:
             self.bar.write(f"step {row['step']}: validation loss {row['val/loss']:.4f}")
 
     def _append(self, line: bytes) -> None:
-        """Append a line to the file; what does not fit on the disk waits for the next one."""
+        """Append a line to the file; what could not be written is tried again with the next one."""
         behind, self.unwritten = bool(self.unwritten), self.unwritten + line
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -94,18 +93,8 @@ def start_wandb(settings: Settings, out_dir: Path, resumed: bool) -> Any:
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         names = {"project": settings.wandb_project, "name": settings.wandb_run_name, "id": identity.read_text("utf-8")}
-        config = asdict(settings) | {"commit": commit()}
-        run = wandb.init(**names, resume="allow", dir=out_dir, config=config)
+        run = wandb.init(**names, resume="allow", dir=out_dir, config=asdict(settings))
     except wandb.errors.Error as error:
         raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
     run.define_metric("val/loss", summary="min,last")
     return run
-
-
-def commit() -> str | None:
-    """The commit of this program, with `-dirty` at its end where tracked files differ; None outside a git checkout."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

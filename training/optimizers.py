@@ -27,7 +27,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def betas(settings: Settings, step: int) -> tuple[float, float]:
-    """Those of update `step`. hessian_bias_correction makes h that of the paper divided by 1 - beta2^estimates."""
+    """The betas of update `step`. hessian_bias_correction: beta2 such that h is the paper's / (1 - beta2^estimates)."""
     beta2 = settings.beta2
     if settings.uses_curvature and settings.hessian_bias_correction:
         estimates = (step - 1) // settings.hessian_interval + 1
@@ -54,7 +54,7 @@ class MuonAndAdamW:
         self.muon = torch.optim.Muon([matrices], lr=lr, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW([others], lr=lr, betas=betas, eps=1e-8, fused=fused)
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
-        self.state = self.muon.state = self.adamw.state
+        self.state = self.muon.state = self.adamw.state  # one dict, as a checkpoint has both
 
     def step(self) -> None:
         self.muon.step()
@@ -78,7 +78,7 @@ def make_optimizer(model: nn.Module, settings: Settings, machine: Machine) -> Op
         return MuonAndAdamW(*groups, fused=fused, **options)
     if settings.optimizer == "lion":
         return Lion(groups, compile=machine.compile, **options)
-    sophia = SophiaG if settings.optimizer == "sophiag" else SophiaH
+    sophia = {"sophiag": SophiaG, "sophiah": SophiaH}[settings.optimizer]
     return sophia(groups, rho=settings.rho, compile=machine.compile, **options)
 
 
@@ -93,7 +93,7 @@ def state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Tensor], ranks: Ranks) -> None:
-    """Give every rank rank 0's `state`, as <parameter>/<name of the state>. Hyperparameters stay the optimizer's."""
+    """Load `state`, which rank 0 alone has, on every rank. Hyperparameters stay the optimizer's."""
     named = dict(model.named_parameters())
     for path, shape, dtype in ranks.broadcast_object([(path, x.shape, x.dtype) for path, x in state.items()]):
         name, _, key = path.rpartition("/")

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from run.errors import UserError
 from run.files import read_json
 
-STANDARD = {  # what config.json may leave out; other values are of another architecture
+STANDARD = {  # what config.json may leave out; any other value is refused
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False,
 }  # fmt: skip
 ACTIVATIONS = {"gelu_new": False, "gelu": True}  # exact_gelu by activation_function
@@ -56,7 +56,7 @@ def tokenizer_of(source: str, vocab_size: int) -> Tokenizer:
 
 def local(source: str) -> Path:
     """Where the weights are on this machine; those on the hub are downloaded. Raises BadWeights."""
-    if os.path.isfile(source) or os.path.isdir(source):  # which, unlike pathlib's, are False for a name that cannot be
+    if os.path.isfile(source) or os.path.isdir(source):  # False for an impossible name, where pathlib raises
         return Path(source)
     from huggingface_hub import snapshot_download
 
@@ -71,13 +71,13 @@ def local(source: str) -> Path:
 def read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """GPTConfig's arguments and the weights by name, of a ckpt.pt; ValueError where it is none."""
     try:
-        # mmap: of the optimizer's state, twice as large as the weights, nothing is read
+        # mmap: the optimizer's state, twice as large as the weights, is not read
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shape = {name: int(value) for name, value in checkpoint["model_args"].items()}
         weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in checkpoint["model"].items()}
     except Exception:  # the wrong bytes can break torch.load anywhere, and its advice is to trust the file
         why = "it is damaged, or no checkpoint of nanoGPT, or holds more than tensors and numbers"
-        raise ValueError(f"{why} (nothing in it was run); of a pytorch_model.bin name the folder") from None
+        raise ValueError(f"{why} (nothing in it was run); for a pytorch_model.bin give its folder") from None
     # Sophia's code, which knows of scaled attention, has GPT-2's GELU
     return shape | {"exact_gelu": "scale_attn_by_inverse_layer_idx" not in shape}, weights
 
@@ -95,7 +95,7 @@ def read_hugging_face(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             weights |= load_file(folder / name)
     except FileNotFoundError:
         how = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        raise ValueError(f"{name} is missing: of a .bin file {how} makes it, of a run tools.export") from None
+        raise ValueError(f"{name} is missing: for a .bin file {how} makes it, for a run tools.export") from None
     except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{name} is damaged: {error}") from None
     if config.get("model_type") != "gpt2":

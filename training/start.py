@@ -16,14 +16,13 @@ from run.files import write_json
 from run.machine import Machine
 from run.settings import Settings, shorten
 from training.checkpoint_writer import set_aside
-from training.checkpoints import Checkpoint, Progress, folders, newest, refuse_other_run
+from training.checkpoints import Checkpoint, folders, newest, refuse_other_run
 from training.metrics import FILE, drop_rows_after
-from training.optimizers import Optimizer, load_state
 from training.pretrained import load, tokenizer_of
 
 
 class RunFolder:
-    """Rank 0's hold on the folder; to be used as a context, at the end of which it lets go."""
+    """The run's folder, which rank 0 alone uses. As a context manager it gives up its lock at the end."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -96,7 +95,7 @@ def make_model(settings: Settings, data: TokenData, machine: Machine, checkpoint
 
 
 def shape_of(settings: Settings, data: TokenData, checkpoint: Checkpoint | None) -> GPTConfig:
-    """What the settings ask for; or the shape of the pretrained weights that the checkpoint's run started from."""
+    """The model's shape: the settings', or the checkpoint's where its run began with pretrained weights."""
     if checkpoint and checkpoint.progress.started_from != "scratch":
         return dataclasses.replace(checkpoint.config, block_size=settings.block_size, dropout=settings.dropout)
     names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
@@ -122,7 +121,7 @@ def wrap(model: nn.Module, machine: Machine) -> nn.Module:
 
 
 def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> None:
-    """Throw a first pass on tokens of this shape away: DDP forms its buckets, and so the order of sums, after it."""
+    """Drop a first pass, on tokens of this shape: after it DDP forms its buckets, and with them the order of sums."""
     if isinstance(model, DistributedDataParallel):
         tokens = torch.zeros(shape, dtype=torch.int64, device=machine.device)
         with machine.forward_context():
@@ -131,19 +130,12 @@ def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> 
         model.zero_grad()
 
 
-def resume(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer, machine: Machine) -> Progress:
-    """Give the optimizer the checkpoint's state, on every rank. Returns how far the run is."""
-    state = checkpoint.optimizer_state() if machine.ranks.is_main else {}
-    load_state(model, optimizer, state, machine.ranks)
-    return checkpoint.progress
-
-
 def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, checkpoint: Checkpoint | None) -> None:
     """Say what the run is, on rank 0."""
-    if not data.has_meta:
+    if not (data.folder / "meta.json").exists():
         machine.note(f"{data.folder} has no meta.json: GPT-2's vocabulary of 50257 tokens is assumed")
     if settings.warmup_iters > settings.max_iters:
-        machine.note(f"warmup_iters = {settings.warmup_iters} is longer than the run: learning_rate is never reached")
+        machine.note(f"warmup_iters = {settings.warmup_iters} is longer than the run: its rate stays below the peak")
     free, before = {"init_from", "out_dir", "eval_only", "wandb_run_name"}, checkpoint.settings if checkpoint else {}
     for name, value in dataclasses.asdict(settings).items():
         if checkpoint and name not in free and before.get(name) != value:

@@ -40,7 +40,7 @@ def update(step: int, model: nn.Module, optimizer: Optimizer, batches: Batches, 
     loss = accumulate_gradients(step, model, batches)
     norm = torch.nn.utils.clip_grad_norm_(params, settings.grad_clip or math.inf)
     optimizer.step()
-    optimizer.zero_grad()
+    model.zero_grad(set_to_none=batches.machine.ranks.world_size == 1)  # DDP's are parts of its buckets, and stay there
     return StepResult(loss, norm)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from model import GPT, GPTConfig
 from run import errors
 from run.machine import Machine
 from run.ranks import Ranks
+from run.settings import read
 from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUNDS, difference, settings_of, torchrun
-from training.start import check_same_job, wrap
+from training.start import check_same_job, form_buckets, wrap
 
 LONG = {"max_iters": 40, "eval_interval": 20, "dropout": 0.1, "hessian_interval": 10}
 
@@ -151,3 +153,23 @@ def test_compiled_blocks_are_split_where_ddp_exchanges_gradients(own_group):
         counts.append(len(graphs))
     assert counts[0] == 1
     assert counts[1] >= 3  # buckets of 25 MiB
+
+
+def test_gradients_of_several_ranks_live_in_the_buckets_they_are_exchanged_in(own_group):
+    """Beside them they would take as much memory again."""
+    machine = Machine(torch.device("cpu"), torch.float32, compile=False, ranks=Ranks(0, 2))
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32))
+    parallel = wrap(model, machine)
+    settings = read(["--batch_size=8", "--micro_batch_size=2", "--block_size=8"])
+    idx = torch.zeros(2, 8, dtype=torch.int64)
+    batches = SimpleNamespace(
+        settings=settings, machine=machine, accumulation_steps=2, train=lambda _: [(idx, idx), (idx, idx)]
+    )
+    optimizer, curvature = torch.optim.AdamW(model.parameters()), SimpleNamespace(is_due=lambda _: False)
+    form_buckets(parallel, machine, idx.shape)
+    places = []
+    for step in (1, 2):
+        script.update(step, parallel, optimizer, batches, curvature)
+        places.append({param.grad.untyped_storage().data_ptr() for param in model.parameters()})
+    assert len(places[0]) <= 2 < len(list(model.parameters()))
+    assert places[0] == places[1]

@@ -60,10 +60,6 @@ class MuonAndAdamW:
         self.muon.step()
         self.adamw.step()
 
-    def zero_grad(self) -> None:
-        self.muon.zero_grad()
-        self.adamw.zero_grad()
-
 
 Optimizer = torch.optim.Optimizer | MuonAndAdamW
 

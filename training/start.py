@@ -127,7 +127,7 @@ def form_buckets(model: nn.Module, machine: Machine, shape: tuple[int, int]) -> 
         with machine.forward_context():
             loss = model(tokens, tokens)
         loss.backward()
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)  # as in a step, so that all steps take the same sums
 
 
 def describe(settings: Settings, data: TokenData, machine: Machine, model: GPT, checkpoint: Checkpoint | None) -> None:

@@ -69,7 +69,7 @@ def passes(settings: Settings) -> dict[str, dict[str, Any]]:
             train.accumulate_gradients(2, model, batches)
         with gpu.measuring() as usages["update"]:
             optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         if settings.uses_curvature:
             group = settings.hessian_group_size if settings.hessian_estimator == "averaged" else 1
             sequences = max(size // group, 1) * group

@@ -8,4 +8,4 @@ n_embd = 1152
 # and says that Sophia-H does not; the released Sophia-G configs have it on. On for all, so that one model is compared.
 scale_attn_by_inverse_layer_idx = True
 
-micro_batch_size = 4  # divides 480 sequences over 1, 2, 4, 5, 8 or 10 devices; raise it where memory allows
+micro_batch_size = 15  # for 40 GB and more, 24 GB hold 5; divides 480 sequences over 1, 2, 4, 8 or 16 devices

@@ -8,4 +8,5 @@ n_embd = 1280
 # and says that Sophia-H does not; the released Sophia-G configs have it on. On for all, so that one model is compared.
 scale_attn_by_inverse_layer_idx = True
 
-micro_batch_size = 4  # divides 480 sequences over 1, 2, 4, 5, 8 or 10 devices; raise it where memory allows
+# for 40 GB and more, or 24 GB with checkpoint_activations; divides 480 sequences over 1, 2, 4, 8 or 16 devices
+micro_batch_size = 10

@@ -80,10 +80,10 @@ def test_none_is_the_default_again_and_other_text_is_kept():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_valid_on_1_to_10_devices(path):
+def test_every_config_is_valid_on_1_to_8_devices(path):
     s = read([str(path)])
     if path.stem.startswith("gpt2_"):
-        for ranks in (1, 2, 4, 5, 8, 10):
+        for ranks in (1, 2, 4, 8):
             check_batch(s, ranks)
         assert s.batch_size * s.block_size == 480 * 1024
         assert path.stem.split("_")[-1] in (s.optimizer, "30m", "small", "medium", "540m", "large")

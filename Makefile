@@ -1,6 +1,6 @@
 # make quickstart   train a small GPT with Sophia-G on text that every Python has, and show what it learnt
 # make test         run every test
-# make gpu-check    on a GPU: the tests that need one, then the speed of AdamW, Lion and Sophia
+# make gpu-check    on a GPU: the tests that need one, then the speed of every optimizer
 # make format       format and lint the sources
 
 PYTHON ?= python3

@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 
 class Lion(torch.optim.Optimizer):
@@ -22,15 +20,7 @@ class Lion(torch.optim.Optimizer):
     range, for parameters, gradients and state that do not fit, and RuntimeError for sparse ones.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.95, 0.98),
-        weight_decay: float = 0.0,
-        *,
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, params, lr=1e-4, betas=(0.95, 0.98), weight_decay=0.0, *, compile=False):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self._compile = compile
 

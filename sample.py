@@ -45,25 +45,19 @@ def main() -> None:
 
     device = find_device(options.device)
     model, tokenizer, _ = load_model(options.out_dir, options.init_from)
-    start = start_text(options.start)
     model.to(device, getattr(torch, options.dtype))
     generator = torch.Generator(device).manual_seed(options.seed)
 
-    def encode(text: str) -> list[int]:
-        tokens = tokenizer.encode(text) or [tokenizer.end_of_text]
-        if max(tokens) >= model.config.vocab_size:
-            raise errors.UserError(f"a token is beyond the model's vocabulary of {model.config.vocab_size}")
-        return tokens
-
-    def continued(prompt: list[int]) -> Iterator[Tensor]:
-        """The tokens (1, 1) that follow a prompt."""
+    def continued(text: str) -> Iterator[Tensor]:
+        """The tokens (1, 1) that follow a text."""
+        prompt = torch.tensor([tokenizer.encode(text) or [tokenizer.end_of_text]], device=device)
         limits = options.max_new_tokens, options.temperature, options.top_k, options.top_p
-        tokens = model.stream(torch.tensor([prompt], device=device), *limits, generator)
+        tokens = model.stream(prompt, *limits, generator)
         if options.ignore_eos:
             return tokens
         return itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens)
 
-    texts = [start]
+    texts = [start_text(options.start)]
     if options.prompts:
         texts = [line for line in start_text(f"FILE:{options.prompts}").split("\n") if line.strip()]
         if not texts:
@@ -71,7 +65,7 @@ def main() -> None:
     for number, (text, _) in enumerate(itertools.product(texts, range(options.num_samples))):
         if number:
             print("\n" + "-" * 40)
-        write(text, continued(encode(text)), tokenizer)
+        write(text, continued(text), tokenizer)
 
 
 def load_model(out_dir: Path | None, init_from: str | None) -> tuple[GPT, Tokenizer, str]:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 
 class _Sophia(torch.optim.Optimizer):
@@ -115,17 +114,7 @@ class SophiaG(_Sophia):
     and state that do not fit, and RuntimeError for sparse ones. Source: arXiv 2305.14342, algorithms 2 and 3.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 6e-4,
-        betas: tuple[float, float] = (0.96, 0.99),
-        rho: float = 0.05,
-        weight_decay: float = 0.2,
-        eps: float = 1e-12,
-        *,
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, params, lr=6e-4, betas=(0.96, 0.99), rho=0.05, weight_decay=0.2, eps=1e-12, *, compile=False):
         super().__init__(params, lr, betas, rho, weight_decay, eps, compile)
 
 

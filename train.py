@@ -131,7 +131,7 @@ def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machi
             writer.finish_or_fail()  # fail now if the folder cannot hold a checkpoint
         meter.restart()
         for step in range(progress.step + 1, settings.max_iters + 1):
-            meter.add(update(step, parallel, optimizer, batches, curvature))
+            meter.results.append(update(step, parallel, optimizer, batches, curvature))
             stopping = signals.stop_requested()
             evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
             logging = step % settings.log_interval == 0 or evaluating

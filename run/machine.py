@@ -122,9 +122,8 @@ def cores() -> int:
 
 def share_cores() -> None:
     """Give torch.compile as many workers as this rank has cores for itself; to be called before it is imported."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if local_ranks > 1:  # each of which would start a worker for every core
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // local_ranks)))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # each would start up to 32 workers by itself
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, cores() // local_ranks))))
 
 
 def set_up(settings: Settings) -> Machine:

@@ -1,7 +1,6 @@
 """tools.benchmark, tools.gpu_check, studies.parity: training and sampling beside other projects, what Sophia costs."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -160,19 +159,17 @@ def check(call, monkeypatch, tmp_path):
     return run
 
 
-def test_gpu_check_prints_one_screen_and_keeps_its_figures(check, tmp_path):
+def test_gpu_check_prints_and_keeps_its_figures(check, tmp_path):
     runs = {name: gpu_check.RUNS[name] for name in ("adamw", "sophiah")}
     printed = check(runs, "adamw and (cuda_gives or resumed)")
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert "threads" in report["device"]
     assert f"--out_dir={tmp_path}" in report["command"]
-    assert report["tests_passed"] and report["tests"].startswith("2 passed")
-    adamw, sophiah = report.pop("optimizers").values()
+    assert report["tests_passed"]
+    adamw, sophiah = report["optimizers"].values()
     assert adamw["tokens_per_s"] > 0
     assert adamw["curvature"] == 0 < sophiah["curvature"] < 1
-    words = [line.split() for line in printed.splitlines() if line]
-    assert set(report) < {line[0] for line in words}
-    assert all([name, *map(str, row.values())] in words for name, row in (("adamw", adamw), ("sophiah", sophiah)))
+    assert json.dumps(report, indent=2) in printed
 
 
 def test_gpu_check_tells_what_failed(check, capsys):
@@ -180,7 +177,7 @@ def test_gpu_check_tells_what_failed(check, capsys):
         check({"lion": [*gpu_check.RUNS["lion"], "--init_from=nowhere"]}, "no_such_test")
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert re.search(r"^tests_passed +False$", printed, re.MULTILINE)
+    assert '"tests_passed": false' in printed
     assert "FAILED: the step of ours failed: BadWeights: init_from = 'nowhere': must be" in printed
 
 

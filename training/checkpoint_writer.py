@@ -21,7 +21,7 @@ from training.checkpoints import FILES, SUMS, Progress, checksum, folders, last_
 from training.optimizers import Optimizer, state_by_name
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes a run's checkpoints, on rank 0: `begin` copies them to the host, a thread writes them to the disk."""
 
     def __init__(
@@ -37,9 +37,6 @@ class CheckpointWriter:
         }
         self._thread = ThreadPoolExecutor(1)
         self._written: Future | None = None  # gives why it could not be written, or None
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.finish()

@@ -45,9 +45,6 @@ class Meter:
             progress.best_val_loss, progress.best_step = loss, progress.step
         return loss
 
-    def add(self, result: StepResult) -> None:
-        self.results.append(result)
-
     def finish_row(self, step: int) -> dict[str, Any]:
         """The row of update `step`, for which the host waits; updates the progress. Diverged without finite numbers."""
         settings, progress, machine = self.settings, self.progress, self.machine

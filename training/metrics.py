@@ -1,5 +1,6 @@
 """Where a run's rows go: metrics.jsonl, wandb, and a bar on the terminal. meter.py computes them."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,7 +17,7 @@ from run.settings import Settings
 FILE = "metrics.jsonl"
 
 
-class Metrics:
+class Metrics(contextlib.AbstractContextManager):
     """Writes rows for rank 0, and does nothing on other ranks. A row is a dict with a `step`, unique in the file."""
 
     def __init__(self, out_dir: Path, settings: Settings, started_at: int, resumed: bool, active: bool):
@@ -50,9 +51,6 @@ class Metrics:
         except OSError as error:
             if not behind:
                 warn(f"{self.path} cannot be written to: {error.strerror}; the run goes on and keeps its rows")
-
-    def __enter__(self) -> "Metrics":
-        return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if self.active:

@@ -1,5 +1,6 @@
 """The beginning of a run: its folder, the model it starts from, its data parallelism, and what it says of itself."""
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from training.metrics import FILE, drop_rows_after
 from training.pretrained import load, tokenizer_of
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """The run's folder, which rank 0 alone uses. As a context manager it gives up its lock at the end."""
 
     def __init__(self, settings: Settings):
@@ -29,9 +30,6 @@ class RunFolder:
         self.path = Path(settings.out_dir)
         self._found = folders(self.path)
         self._lock = filelock.FileLock(self.path / ".lock", blocking=False)
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
@@ -52,8 +50,6 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            if folders(self.path) != self._found:
-                raise UserError(f"another run has written to {self.path} meanwhile: start again")
             drop_rows_after(self.path / FILE, checkpoint.progress.step if checkpoint else -1)
             if checkpoint:
                 set_aside(self.path, checkpoint.progress.step)

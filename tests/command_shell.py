@@ -63,7 +63,7 @@ def shell(
 
     def run(script: str, where: Path) -> tuple[int, str]:
         done = subprocess.run(
-            ["bash", "-exc", script], input="Hello\n", cwd=where, env=os.environ | settings, timeout=300,
+            ["bash", "-exc", script], stdin=subprocess.DEVNULL, cwd=where, env=os.environ | settings, timeout=300,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         return done.returncode, done.stdout

@@ -1,4 +1,4 @@
-"""What several tests share: a small data set, and running train.py inside the test process."""
+"""What several tests share: a small data set, a model, and running train.py inside the test process."""
 
 import contextlib
 import json
@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.tokenizers import GPT2
+from model import GPT
 from run import errors
 from run.machine import has_compiler
 from run.settings import ROOT
@@ -55,6 +57,21 @@ def text_dataset(folder, validation=1000):
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return text_dataset(tmp_path_factory.mktemp("data"))
+
+
+def random_model(config, spread=0.1):
+    """A model whose biases, gains and logits are large enough to matter."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+def plain_loss(model, idx, targets):
+    """From the logits of all positions at once; it can be differentiated twice, as the model's own loss cannot."""
+    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 def listing(folder):

@@ -1,7 +1,7 @@
 """Every command of the documentation runs as it stands, block by block, in a copy of the repository.
 
 A line that says `# needs a network` or `# needs a GPU` is left out. Models, runs and data are tiny. torchrun's options
-are checked, and one process runs. `make` only says what it would do, and the stress programs are left to .ci/run.
+are checked, and one process runs. `make` only says what it would do.
 """
 
 import re
@@ -13,11 +13,11 @@ import pytest
 from model import GPTConfig
 from run.settings import ROOT
 from tests.command_shell import shell
-from tests.conftest import TINY, arguments, write_dataset
+from tests.conftest import TINY, arguments, random_model, write_dataset
 from tests.test_benchmarks import PEER, SMALL
 from tests.test_evaluate import write_superglue
 from tests.test_preparation import write_documents
-from tests.test_pretrained import nanogpt_checkpoint, random_model
+from tests.test_pretrained import nanogpt_checkpoint
 from tests.test_readme import PAGES
 
 # What a command gets besides its own arguments, so that it takes a second in place of hours. Later wins.
@@ -53,17 +53,9 @@ PROGRAMS = {
     "scontrol": "#!/bin/bash\necho node1\necho node2\n",
 }
 MARKED = re.compile(r"^(?:.*\\\n)*.*#.*\bneeds a (?:network|GPU)\b.*\n", re.MULTILINE)  # with the lines it continues
-STRESS = re.compile(r"^python -m tests\.stress\.(.*?) *(?:#.*)?$", re.MULTILINE)
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def runnable(block):
-    """What is run of a block: not the marked lines, and of a stress program that .ci/run runs it."""
-    return STRESS.sub(r'grep -x "stress \1" .ci/run', MARKED.sub("", block))
-
-
 BLOCKS = {
-    f"{page.name}:{number}": runnable(block)
+    f"{page.name}:{number}": MARKED.sub("", block)
     for page in PAGES
     for number, block in enumerate(SHELL_BLOCK.findall(page.read_text()), start=1)
 }
@@ -121,20 +113,6 @@ def test_the_commands_of_a_block_run(name, bash, repository, made, tmp_path, req
         subprocess.run(["cp", "-r", made / path, (folder / path).parent], check=True)
     code, output = bash(BLOCKS[name], folder)
     assert code == 0, output
-
-
-@pytest.mark.parametrize(
-    ("script", "exit_code", "complaint"),
-    [
-        ("python train.py --lerning_rate=1\necho further", 2, "did you mean 'learning_rate'"),
-        ("torchrun --processes=2 train.py\necho further", 2, "unrecognized arguments: --processes=2"),
-        ("python -m tests.stress.kill_training --kills 4\necho further", 1, "grep -x 'stress kill_training --kills 4'"),
-    ],
-)
-def test_a_command_that_fails_is_told(bash, repository, script, exit_code, complaint):
-    code, output = bash(runnable(script), repository)
-    assert code == exit_code, output
-    assert complaint in output and "further" not in output
 
 
 def test_every_block_of_the_documentation_is_python_or_commands():

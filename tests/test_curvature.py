@@ -5,16 +5,14 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.token_files import open_data, pairs
-from model import GPT
 from run import randomness, settings
 from run.machine import Machine
 from run.ranks import Ranks
 from sophia import normal_like
-from tests.conftest import COMPILERS, TINY, arguments, write_dataset
+from tests.conftest import COMPILERS, TINY, arguments, plain_loss, random_model, write_dataset
 from train import accumulate_gradients
 from training import hessian_product
 from training.batches import Batches
@@ -33,12 +31,8 @@ def curvature(dataset):
     def make(dtype=torch.float64, machine=None, **options):
         s = settings.read(arguments(**TINY | {"dataset": dataset, "hessian_batch_size": 8} | options))
         machine = machine or Machine(torch.device("cpu"), torch.float32, compile=False)
-        torch.manual_seed(0)
         data = open_data(s.dataset, s.block_size)
-        model = GPT(shape_of(s, data, checkpoint=None)).to(dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64).to(dtype))
+        model = random_model(shape_of(s, data, checkpoint=None)).to(dtype)
         return Curvature(model, s, machine, Batches(data, s, machine))
 
     return make
@@ -59,11 +53,6 @@ def flat(tensors):
 
 def first_sequences(curvature):
     return pairs(curvature.batches.data.train_rows(curvature.settings.seed, STEP, 8, 0, 8))
-
-
-def plain_loss(model, x, y):
-    """From the logits, as the model's own loss can be differentiated only once."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
 def double_backward(c, params):

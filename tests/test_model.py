@@ -16,7 +16,7 @@ from head import ChunkLoss, mean_in_chunks
 from model import GPT, GPTConfig
 from run.machine import Machine
 from sophia import hutchinson, labels_from_uniforms
-from tests.conftest import COMPILERS
+from tests.conftest import COMPILERS, plain_loss, random_model
 from training.curvature import SampledLabelLoss
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16)
@@ -45,10 +45,6 @@ def head(monkeypatch):
     idx, targets = torch.randint(64, (2, 2, 16))
     targets[0, 3:9] = -1
     return model, idx, targets
-
-
-def plain_loss(model, idx, labels):
-    return F.cross_entropy(model(idx).flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
 def gradients(loss, model):
@@ -172,11 +168,7 @@ def plain_attention():
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_plain_attention_in_bfloat16_is_as_accurate_as_the_fused_one(plain_attention, scaled):
-    torch.manual_seed(0)
-    model = GPT(replace(TINY, scale_attn_by_inverse_layer_idx=scaled))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = random_model(replace(TINY, scale_attn_by_inverse_layer_idx=scaled), 0.2)
     idx = torch.randint(64, (4, 16))
     exact, found = model(idx), []
     for machine in (plain_attention, replace(plain_attention, plain_attention=False)):

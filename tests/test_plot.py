@@ -149,7 +149,6 @@ def test_what_cannot_be_drawn_is_refused(refused, call, write_run, speedup, tmp_
         ([blind], "has no 'val/loss', only step, train/loss"),
         ([blind, "--x=epochs"], "--x: invalid choice: 'epochs'"),
         ([run, "--max-loss=2"], "is not above the lowest loss, 2.0000"),
-        ([run, "--max-loss=nan"], "is not above the lowest loss, 2.0000"),
         ([run, "-o", tmp_path / "nowhere/x.png"], "cannot write"),
         ([run, "-o", tmp_path / "x.docx"], "cannot write"),
         (["--speedup", run, old, low], "takes two curves, these runs make 3"),
@@ -158,6 +157,5 @@ def test_what_cannot_be_drawn_is_refused(refused, call, write_run, speedup, tmp_
         assert complaint in refused(lambda: call(plot, *arguments))  # noqa: B023
     (empty / "metrics.jsonl").write_text("nonsense\n{}\n")
     assert "line 1: not a row of metrics" in refused(lambda: call(plot, empty))
-    for text in ("{", "[1]"):
-        (run / "settings.json").write_text(text)
-        assert "settings.json cannot be read" in refused(lambda: call(plot, run))
+    (run / "settings.json").write_text("{")
+    assert "settings.json cannot be read" in refused(lambda: call(plot, run))

@@ -6,7 +6,6 @@ import pickle
 import pydoc_data.topics
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,23 +21,13 @@ from plot import read_curves
 from run.files import write_json
 from sample import load_model
 from tests import conftest
-from tests.conftest import arguments, last_checkpoint, rows_of, same_weights, without_timings, write_dataset
+from tests.conftest import arguments, last_checkpoint, random_model, same_weights, without_timings, write_dataset
 from tests.test_train import fake_wandb
 from tools import evaluate, export
 from tools.export import tokenizer_files, write_weights
 from training import pretrained
 
 TINY = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
-
-
-def random_model(config):
-    """A model whose biases, gains and logits are large enough to matter."""
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def hugging_face(folder, kind="AutoModelForCausalLM"):
@@ -173,15 +162,13 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def configured(train, dataset, tmp_path, monkeypatch):
+def configured(call, dataset, tmp_path):
     """configured(**settings) trains as `train` does, in tmp_path / "run", but with TINY settings from a config file."""
 
     def run(**settings):
         (tmp_path / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in conftest.TINY.items()))
-        settings = {"dataset": dataset, "out_dir": tmp_path / "run"} | settings
-        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.py"), *arguments(**settings)])
-        train_script.main()
-        return rows_of(settings["out_dir"])
+        command = arguments(**{"dataset": dataset, "out_dir": tmp_path / "run"} | settings)
+        call(train_script, tmp_path / "config.py", *command)
 
     return run
 
@@ -201,7 +188,8 @@ def test_what_is_recorded_of_a_run_from_weights_is_what_was_used(configured, wei
         for options in ({"n_layer": 2}, {"bias": False}, {"n_layer": 12}):
             line = refused(lambda: configured(init_from=source, max_iters=9, **options))  # noqa: B023
             assert re.search(r"(n_layer|bias) = (2|12|False), but the weights .*ckpt.pt have (3|True)", line)
-    assert configured(init_from=weights, max_iters=5, n_layer=3, bias=True)[-1]["step"] == 5
+    configured(init_from=weights, max_iters=5, n_layer=3, bias=True)
+    assert last_checkpoint(tmp_path / "run").name == "step_00000005"
 
 
 def test_one_command_starts_from_weights_and_goes_on_with_its_own_run_alone(train, refuses, tmp_path):
@@ -246,15 +234,12 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(save, refused, call,
 
 
 CONFIGS = [
-    {"model_type": "llama"}, {"n_head": 3}, {"n_head": "2"}, {"n_layer": 3}, {"n_layer": 10**9}, {"n_embd": 8},
-    {"vocab_size": None}, {"layer_norm_epsilon": 1e-6}, {"activation_function": "relu"}, {"n_positions": [16]},
+    {"model_type": "llama"}, {"n_head": 3}, {"n_head": "2"}, {"n_layer": 3}, {"layer_norm_epsilon": 1e-6},
+    {"activation_function": "relu"},
 ]  # fmt: skip
 CHECKPOINTS = [
-    {"model": {"transformer.wte.weight": torch.zeros(3, 16)}}, {"model": {"transformer.ln_f.bias": torch.zeros(16)}},
-    {"model": {"lm_head.weight": torch.zeros(257, 16)}}, {"model": {"transformer.wpe.weight": 3}}, {"model": 3},
-    {"model": {"transformer.h.0.ln_1.weight": torch.zeros(0)}}, {"model": {3: torch.zeros(3)}},
-    {"model_args": {"n_layer": 1}}, {"model_args": {"n_head": 0}}, {"model_args": {"n_embd": torch.zeros(2)}},
-    {"model_args": {"bias": True}}, {"model_args": None},
+    {"model": {"lm_head.weight": torch.zeros(257, 16)}}, {"model": {"transformer.h.0.ln_1.weight": torch.zeros(0)}},
+    {"model": 3}, {"model_args": {"n_layer": 1}}, {"model_args": {"n_head": 0}},
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from run import errors
 from run.machine import Machine
 from run.ranks import Ranks
 from run.settings import read
-from tests.conftest import OPTIMIZERS, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
+from tests.conftest import OPTIMIZERS, arguments, last_checkpoint, rows_of, same_weights, text_dataset, without_timings
 from tests.stress.compare_ranks import BOUNDS, difference, settings_of, torchrun
 from training.start import check_same_job, form_buckets, wrap
 
@@ -108,7 +108,7 @@ class ToldByRank0(Ranks):
 
 
 def test_a_rank_with_other_settings_is_refused(folder):
-    s = script.read([f"--{name}={value}" for name, value in settings_of(folder, "adamw", 2).items()] + ["--seed=1"])
+    s = script.read(arguments(**settings_of(folder, "adamw", 2), seed=1))
     machine = Machine(torch.device("cpu"), torch.float32, False, ToldByRank0(1, 2))
     with pytest.raises(errors.RankError, match="^seed = 1, but rank 0 was started with 1337$"):
         check_same_job(s, open_data(s.dataset, s.block_size), machine)

@@ -1,14 +1,6 @@
-"""Settings: what config files and the command line may say, what it means, and how train.py refuses the rest.
+"""Settings: what config files and the command line may say, what it means, and how train.py refuses the rest."""
 
-A malformed case is a pair (config, arguments): the bytes of a config file, or None, and what follows it on the command
-line. Each must end with exit code 2, one printable line on stderr and nothing written.
-"""
-
-import contextlib
 import dataclasses
-import io
-import random
-import shutil
 import subprocess
 import sys
 
@@ -19,7 +11,7 @@ import train as script
 from run import errors, settings
 from run.errors import UserError
 from run.settings import ROOT, read
-from tests.conftest import TINY, arguments, write_dataset
+from tests.conftest import TINY, arguments, listing
 from training.batches import check_batch
 from training.optimizers import learning_rate
 
@@ -182,142 +174,68 @@ def test_an_error_of_the_program_keeps_its_traceback():
         errors.run(fail_with(RuntimeError("a shape is wrong")))
 
 
-# Malformed cases, from end to end
+# What is malformed, from end to end
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The folder that train.py is started in: a data set, and things that are not what they should be."""
-    folder = tmp_path_factory.mktemp("malformed")
-    write_dataset(folder / "data", list(range(200)) * 5, range(200))
-    (folder / "file").write_text("not a folder")
-    (folder / "cycle_a.py").write_text("include = 'cycle_b.py'\n")
-    (folder / "cycle_b.py").write_text("include = 'cycle_a.py'\n")
-    return folder
+@pytest.fixture
+def refused_line(refused, call, dataset, tmp_path, monkeypatch):
+    """refused_line(config, argument) is what train.py says of a config file or an argument; it writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    good = arguments(**TINY | {"out_dir": "out", "dataset": dataset, "optimizer": "sophiag"})  # uses every setting
+    (tmp_path / "other.py").write_text("include = 'config.py'\n")
+
+    def run(config, argument):
+        (tmp_path / "config.py").write_text(config or "", encoding="latin-1")
+        before = listing(tmp_path)
+        line = refused(lambda: call(script, *good, "config.py", *([argument] if argument else [])))
+        assert listing(tmp_path) == before
+        return line
+
+    return run
 
 
-def end(folder, config, command):
-    """Run train.py; returns its exit code and what it printed to stderr."""
-    if config is not None:
-        (folder / "config.py").write_bytes(config)
-        command = ["config.py", *command]
-    good = arguments(**TINY | {"max_iters": 1, "out_dir": "out", "dataset": "./data"})
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
-        patch.setattr(sys, "argv", ["train.py", *good, *command])
-        patch.chdir(folder)
-        with pytest.raises(SystemExit) as stop:
-            errors.run(script.main)
-    return stop.value.code, printed.getvalue()
-
-
-def assert_refused(folder, config, argument):
-    before = {*folder.rglob("*"), folder / "config.py"}
-    command = ["--optimizer=sophiag"] if argument is None else ["--optimizer=sophiag", argument]  # uses every setting
-    code, line = end(folder, config, command)
-    assert code == 2, (config, argument, line)
-    assert line.startswith("error: ")
-    assert line.endswith("\n")
-    assert line[:-1].isprintable(), line  # so it is one line, and no terminal obeys it
-    assert {*folder.rglob("*"), folder / "config.py"} == before
-    return line
-
-
-def test_what_is_in_order_is_not_refused(folder, tmp_path):
-    shutil.copytree(folder / "data", tmp_path / "data")
-    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        assert_refused(tmp_path, b"n_head = 4\n", "--dropout=0.1")
-    assert (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-REFUSED = [  # what is said, a config file, arguments
+REFUSED = [  # what is said, a config file, an argument
     ("unknown setting 'n_layr' in the command line; did you mean 'n_layer'? (--help lists all)", None, "--n_layr=3"),
     ("unknown setting 'n_layr' in config.py, line 2; did you mean 'n_layer'?", "\nn_layr = 3", None),
     ("n_layer = '12' in config.py, line 3: must be a whole number", "\n\nn_layer = '12'", None),
     ("n_layer in the command line has no value: --n_layer=VALUE", None, "--n_layer"),
-    ("compile = 1 in the command line: must be True or False", None, "--compile=1"),
-    ("rho = 'x' in the command line: must be a number or None", None, "--rho=x"),
+    ("compile = 'yes' in the command line: must be True or False", None, "--compile=yes"),
+    ("rho = '5%' in the command line: must be a number or None", None, "--rho=5%"),
     ("must be adamw or lion or sophiah or sophiag or muon; did you mean 'sophia", None, "--optimizer=sophia"),
-    ("learning_rate in the command line: the number must be finite", None, "--learning_rate=1e999"),
-    ("the number must be finite", "learning_rate = 1" + "0" * 400, None),
     ("seed in the command line: the number must be finite and fit into 64 bits", None, f"--seed={10**20}"),
-    ("learning_rate = -1.0: must be at least 0", None, "--learning_rate=-1"),
     ("dropout = 1.0: must be in [0, 1)", None, "--dropout=1"),
     ("n_embd = 15: must be a multiple of n_head = 2, 16 for example", None, "--n_embd=15"),
     ("max_iters = 0: must be at least 1", None, "--max_iters=0"),
     ("min_lr = 1.0: must be at most learning_rate = 0.0006", None, "--min_lr=1"),
     ("config.py, line 2: n_head must be a literal", "n_layer = 3\nn_head = open('proof', 'w')", None),
-    ("line 1: n_layer must be a literal, a config file is not executed", "n_layer = 2 * 3", None),
     ("line 1: a config file holds only lines of the form name = LITERAL", "import os", None),
     ("was never closed (config.py, line 1)", "n_layer = (", None),
-    ("config.py, line 2: with ./config.py the file would include itself", "n_layer = 3\ninclude = './config.py'", None),
-    ("would include itself", None, "cycle_a.py"),
+    ("config.py: 'utf-8' codec can't decode", "# für kleine Karten", None),
+    ("other.py, line 1: with config.py the file would include itself", "include = 'other.py'", None),
     ("config file missing.py: No such file", None, "missing.py"),
-    ("config file no\\nsuch\\x1b.py", None, "no\nsuch\x1b.py"),
-    ("", "include = 'no\\0such.py'", None),
-    ("", None, ""),
-    ("", "n_layer = 3\n\0", None),
-    ("", "n_layer = " + "[" * 10**5 + "]" * 10**5, None),
-    ("", "n_layer = " + "9" * 5000, None),
-    ("", None, "--" + "n_layer" * 15_000 + "=3"),
-    ("", None, "--optimizer=" + "\x1b" * 100_000),
-    ("", None, "--device=\udcff"),
-    ("", "out_dir = 'a\\0b'", None),
-    ("", None, "--dataset=" + "x" * 256),
-    ("", None, "--init_from=" + "x" * 256),
-    ("", None, "--init_from=data"),
 ]
 
 
 @pytest.mark.parametrize(("complaint", "config", "argument"), REFUSED, ids=range(len(REFUSED)))
-def test_what_is_malformed_is_named_in_one_line(folder, complaint, config, argument):
-    assert complaint in assert_refused(folder, config and config.encode(), argument)
-
-
-@pytest.mark.parametrize("out_dir", ["x" * 256, "file/a\nb"])
-def test_an_out_dir_that_cannot_be_made_is_refused_in_the_last_line(folder, out_dir):
-    code, printed = end(folder, None, [f"--out_dir={out_dir}"])
-    assert code == 2, printed
-    last = printed.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert errors.one_line(out_dir) in last
-
-
-def test_a_path_that_is_no_text_is_refused_in_a_process_of_its_own(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", b"no\n\xff.py"], cwd=tmp_path, capture_output=True)
-    assert (done.returncode, done.stderr) == (2, b"error: config file no\\n\\udcff.py: No such file or directory\n")
-    assert not list(tmp_path.iterdir())
+def test_what_is_malformed_is_named_in_one_line(refused_line, complaint, config, argument):
+    assert complaint in refused_line(config, argument)
 
 
 WRONG = {  # by the type that --help tells
-    "a whole number": ["1.5", "1e5", "True", "'3'", "[3]", "{}", "...", "-1", str(2**63)],
-    "a number": ["True", "'0.1'", "[0.1]", "0.1j", "1e999", "-1e999", "-0.1"],
-    "True or False": ["1", "0", "None", "1.0", "'True'", "[True]", "b''"],
+    "a whole number": ["1.5", "True", "'3'", "-1"],
+    "a number": ["True", "'0.1'", "1e999", "-0.1"],
+    "True or False": ["1", "None", "'True'"],
 }
-PROOF = "open('proof', 'w')"
-CODE = ["{}", "n_layer = {}", "n_layer = -{}", "n_layer = [{} for _ in (1,)]", "n_layer += {}", "n_layer: {} = 3",
-        "n_layer[{}] = 3", "include = {}", "out_dir = f'{{{}}}'", "import os; {}", "if {}: pass",
-        "def n_layer(x={}): pass", "@{}\ndef n_layer(): pass", "class n_layer({}): pass", "assert {}"]  # fmt: skip
-MESSES = ["\n", "\0", "\x1b[31m", "\u202e", "\udcff", "'", "\\", "=", "--", "/", " ", "é"]
 
 
-def malformed():
-    """What is wrong with each setting, on the command line and in a config file; names and paths; code; noise."""
-    for field in dataclasses.fields(settings.Settings):
-        yield None, f"--{field.name}"
-        for value in WRONG.get(settings.type_name(field.name).removesuffix(" or None"), []):
-            yield None, f"--{field.name}={value}"
-            yield f"{field.name} = {value}".encode(), None
-    for mess in MESSES:
-        for argument in (f"--n_{mess}layer={mess}", f"no/{mess}", f"--dataset=no/{mess}", f"--init_from=no/{mess}"):
-            yield None, argument
-        yield f"include = {f'no/{mess}'!r}".encode(), None
-    for line in CODE:
-        yield line.format(PROOF).encode(), None
-    chance = random.Random(0)
-    for _ in range(50):
-        yield b"n_layer = 2\n" + chance.randbytes(30) + b"\xff\n", None
+def test_every_setting_refuses_what_is_not_of_its_type_or_range(refused_line):
+    for name in settings.FIELDS:
+        for value in WRONG.get(settings.type_name(name).removesuffix(" or None"), []):
+            assert name in refused_line(None, f"--{name}={value}")
+            assert name in refused_line(f"{name} = {value}", None)
 
 
-def test_whatever_is_malformed_is_refused_in_one_line(folder):
-    for config, argument in malformed():
-        assert_refused(folder, config, argument)
+def test_an_out_dir_that_cannot_be_made_is_refused(train, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/out"):
+        train(tmp_path / "file/out")

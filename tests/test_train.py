@@ -42,17 +42,13 @@ def test_evaluation_and_logging_do_not_change_the_run(train, tmp_path):
     assert 0 < often[14]["clip_rate"] == rarely[2]["clip_rate"] < 1
 
 
-def test_dropout_masks_do_not_depend_on_curvature(train, tmp_path):
-    options = {"optimizer": "sophiag", "dropout": 0.2, "learning_rate": 0.0, "max_iters": 4}
-    often, rarely = (losses(train(tmp_path / str(n), hessian_interval=n, **options)) for n in (1, 100))
-    assert often == rarely
-
-
-def test_dropout_is_for_training_alone(train, tmp_path):
-    with_it, without = (train(tmp_path / str(p), dropout=p, learning_rate=0.0, eval_interval=1) for p in (0.3, 0.0))
-    for one, other in zip(with_it, without, strict=True):
-        assert one["val/loss"] == other["val/loss"]
-        assert one["step"] == 0 or one["train/loss"] != other["train/loss"]
+def test_dropout_masks_do_not_depend_on_curvature_and_there_are_none_in_evaluations(train, tmp_path):
+    options = {"optimizer": "sophiag", "dropout": 0.2, "learning_rate": 0.0, "max_iters": 4, "eval_interval": 1}
+    often, rarely = (train(tmp_path / str(n), hessian_interval=n, **options) for n in (1, 100))
+    without = train(tmp_path / "without", **options | {"dropout": 0.0})
+    assert losses(often) == losses(rarely)
+    assert not set(losses(often)) & set(losses(without))
+    assert len({row["val/loss"] for row in (*often, *without)}) == 1
 
 
 @needs_compiler
@@ -184,11 +180,8 @@ def test_refuses_data_that_cannot_be_trained_on(refuses, tmp_path):
         file.write(b"x")
     refuses("odd number of bytes", dataset=tmp_path / "data")
     write_dataset(tmp_path / "data", range(200), range(100))
-    for meta in (
-        "{", "[]", '{"tokenizer": "bytes"}', '{"tokenizer": "x", "vocab_size": 5}',
-        '{"tokenizer": "bytes", "vocab_size": 1e99}', '{"tokenizer": [], "vocab_size": 5}',
-        '{"tokenizer": "gpt2", "vocab_size": 1500}', '{"tokenizer": "bytes", "vocab_size": 50257}',
-    ):  # fmt: skip
+    unusable = '{"tokenizer": "x", "vocab_size": 256}', '{"tokenizer": "bytes", "vocab_size": 50257}'
+    for meta in ("{", '{"tokenizer": "bytes"}', *unusable):
         (tmp_path / "data" / "meta.json").write_text(meta)
         refuses("meta.json", dataset=tmp_path / "data")
     refuses("python data/openwebtext/prepare.py", dataset="there-is-no-such-data-set")

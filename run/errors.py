@@ -76,9 +76,8 @@ def machine_at_fault(error: BaseException) -> str | None:
 
 
 def one_line(message: str) -> str:
-    """The message with control characters escaped, and its middle left out if it is very long."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    return line if len(line) <= 2000 else f"{line[:1000]}…{line[-1000:]}"
+    """The message with control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -155,6 +155,18 @@ def test_compiled_blocks_are_split_where_ddp_exchanges_gradients(own_group):
     assert counts[1] >= 3  # buckets of 25 MiB
 
 
+def test_a_large_block_is_cut_once(own_group):
+    """Kernels cannot reach over a cut, and within a block every one of them would."""
+    machine = Machine(torch.device("cpu"), torch.float32, compile=True, ranks=Ranks(0, 2))
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=3, n_head=8, n_embd=1024))  # of 48 MiB
+    graphs = []
+    torch.compiler.reset()
+    model.h.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    wrap(model, machine)(idx, idx)
+    assert len(graphs) == model.config.n_layer + 1
+
+
 def test_gradients_of_several_ranks_live_in_the_buckets_they_are_exchanged_in(own_group):
     """Beside them they would take as much memory again."""
     machine = Machine(torch.device("cpu"), torch.float32, compile=False, ranks=Ranks(0, 2))

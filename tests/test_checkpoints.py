@@ -18,7 +18,6 @@ from run.settings import ROOT, read
 from tests.conftest import TINY, arguments, largest_file, last_checkpoint, same_weights
 from training import checkpoint_writer, checkpoints
 from training.metrics import Metrics, read_rows
-from training.start import RunFolder
 
 
 def reseal(folder):
@@ -199,11 +198,6 @@ def test_two_runs_do_not_write_to_one_folder(train, tmp_path):
     with filelock.FileLock(tmp_path / "run" / ".lock"), pytest.raises(errors.UserError, match="another run is writing"):
         train(tmp_path / "run", init_from="auto", max_iters=2)
     assert train(tmp_path / "run", init_from="auto", max_iters=2)[-1]["step"] == 2
-    folder = RunFolder(read([f"--out_dir={tmp_path / 'new'}"]))
-    assert folder.checkpoint_to_resume() is None
-    train(tmp_path / "new", max_iters=1)
-    with folder, pytest.raises(errors.UserError, match="another run has written to"):
-        folder.begin(None, folder.settings)
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, dataset):

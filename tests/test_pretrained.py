@@ -94,7 +94,7 @@ def test_a_bin_file_is_refused_with_how_to_convert_it(refused, call, tmp_path):
     (how,) = re.findall(r"AutoModelForCausalLM\S+", line)
     exec(f"import transformers; transformers.{how}")
     call(sample, "--init_from", folder, "--max_new_tokens", 1)
-    assert "of a pytorch_model.bin name the folder" in refused(
+    assert "for a pytorch_model.bin give its folder" in refused(
         lambda: call(sample, "--init_from", folder / "pytorch_model.bin")
     )
 

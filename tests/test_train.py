@@ -93,7 +93,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_ranks_and_data_wait_that_of_a_rows_
     meter = Meter(read([]), machine, batches, Progress(), flops_per_token=1e6)
     meter.restart()
     batches.seconds_waited += 0.25
-    meter.add(StepResult(*torch.ones(2)))
+    meter.results.append(StepResult(*torch.ones(2)))
     row = meter.finish_row(1)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e6 / 2e12)
     assert row["data_wait"] == pytest.approx(0.25 / row["seconds"])

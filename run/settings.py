@@ -67,7 +67,7 @@ class Settings:
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     weight_decay: float | None = setting(None, "decoupled, on matrices but not embeddings; None: by optimizer", least=0)
     beta1: float | None = setting(None, "decay of the momentum; None: by optimizer", least=0, below=1)
-    beta2: float | None = setting(None, "of second moment, Sophia's h or Lion's m; None: likewise", least=0, below=1)
+    beta2: float | None = setting(None, "decay of second moment, h, or Lion's m; None: by optimizer", least=0, below=1)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
     rho: float | None = setting(None, "Sophia: larger, fewer coordinates are clipped; None: by optimizer", least=0)
     hessian_interval: int = setting(10, "Sophia: steps between curvature estimates; the first step has one", least=1)
@@ -89,7 +89,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; weights stay float32")
     float32_matmul_precision: Literal["highest", "high", "medium"] = setting("high", "float32 on CUDA; high is TF32")
     compile: bool = setting(True, "torch.compile the model and the optimizer")
-    deterministic: bool = setting(False, "only kernels that give the same bits twice; slower on CUDA")
+    deterministic: bool = setting(False, "only kernels that give the same bits twice; on CUDA not all do")
     seed: int = setting(1337, "of the weights, the order of the data and the draws for curvature", least=0)
 
     @property

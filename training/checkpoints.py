@@ -44,7 +44,7 @@ class Progress:
     clipped_steps: int = 0  # updates whose gradient was clipped
     val_loss: float | None = None  # at the last evaluation
     best_val_loss: float | None = None
-    best_step: int | None = None  # of best_val_loss
+    best_step: int | None = None  # the step with best_val_loss
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,8 @@ def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machi
     settings = as_used(settings, model, checkpoint)
     parallel = wrap(model, machine)
     optimizer = make_optimizer(model, settings, machine)
-    progress = Progress(settings.init_from)
+    progress = checkpoint.progress if checkpoint else Progress(settings.init_from)
     if checkpoint:
-        progress = checkpoint.progress
         load_state(model, optimizer, checkpoint.optimizer_state() if machine.ranks.is_main else {}, machine.ranks)
     batches = Batches(data, settings, machine)
     curvature = Curvature(model, settings, machine, batches)
@@ -140,8 +139,7 @@ def train(settings: Settings, data: TokenData, folder: RunFolder, machine: Machi
             row = meter.finish_row(step)
             if evaluating:
                 row["val/loss"] = meter.record_validation(evaluate(model, batches))
-            if settings.uses_curvature:
-                row["win_rate"] = optimizer.unclipped_fraction()
+            row["win_rate"] = optimizer.unclipped_fraction() if settings.uses_curvature else None
             if logging:
                 metrics.write(row)
             if evaluating or stopping:

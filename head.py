@@ -101,8 +101,8 @@ def mean_in_chunks(
 ) -> Tensor:
     """The sum of the losses of all positions, divided by `count`: a scalar that can be differentiated once.
 
-    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are split like
-    them, and `constants` go whole to every chunk: both are what `chunk_loss` takes.
+    hidden (N, C) and weight (V, C) are multiplied in autocast's format. `targets` (…, N) are split like them,
+    and `constants` go whole to every chunk: both are what `chunk_loss` takes.
     """
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _MeanInChunks.apply(hidden, weight, targets, count, chunk_loss, with_gradients, *constants)

@@ -45,18 +45,29 @@ class GPT(torch.nn.Module):
         groups = [dict(params=list(self.parameters()), weight_decay=options[1], lr=options[2])]
         return SophiaG(groups, betas=options[3], rho=options[4])
 """
-RELEASED_SOPHIA = f"""
-import runpy
+RELEASED_SOPHIA = """
+import torch
 
-class SophiaG(runpy.run_path({str(ROOT / "sophia.py")!r})["SophiaG"]):
+class SophiaG(torch.optim.Optimizer):
+    def __init__(self, groups, betas, rho):
+        super().__init__(groups, {"betas": betas, "rho": rho})
+
+    @torch.no_grad()
     def update_hessian(self):
-        super().update_hessian([param.grad**2 for group in self.param_groups for param in group["params"]])
+        for group in self.param_groups:
+            for p in group["params"]:
+                h = self.state[p].setdefault("hessian", torch.zeros_like(p))
+                h.mul_(group["betas"][1]).add_((1 - group["betas"][1]) * p.grad**2)
 
+    @torch.no_grad()
     def step(self, bs):
         assert bs in (2 * 8, 4 * 8)  # tokens of a step
         for group in self.param_groups:
-            group["rho"] = self.defaults["rho"] * bs
-        super().step()
+            for p in group["params"]:
+                p *= 1 - group["lr"] * group["weight_decay"]
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - group["betas"][0])
+                h = self.state[p].get("hessian", torch.zeros_like(p))
+                p -= group["lr"] * (m / (group["rho"] * bs * h + 1e-15)).clamp(-1, 1)
 """
 
 

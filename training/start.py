@@ -113,7 +113,7 @@ def wrap(model: nn.Module, machine: Machine) -> nn.Module:
     """The model as a training step calls it: in DDP, with rank 0's weights on every rank; as it is on one rank."""
     if machine.ranks.world_size == 1:
         return model
-    # torch.compile cuts its graphs where buckets end: a bucket of a block, or 25 MiB, as of less a block is cut up
+    # torch.compile cuts its graphs where buckets end: buckets no smaller than a block leave the blocks whole
     block = sum(param.nbytes for param in model.h[0].parameters()) // 2**20
     return DistributedDataParallel(model, bucket_cap_mb=max(25, block), gradient_as_bucket_view=True)
 

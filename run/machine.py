@@ -129,6 +129,7 @@ def share_cores() -> None:
 def set_up(settings: Settings) -> Machine:
     """Find the device, the number format and the compiler, and join the other ranks if there are any."""
     if settings.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")  # GELU in half the time on a CPU
         share_cores()
         separate_compile_cache()
     if settings.deterministic:

@@ -107,7 +107,7 @@ SCALES = {
         optimizers(quarter=8, group=1),
         axes(doubled(2e-3, 6.4e-2), doubled(2.5e-4, 4e-3), doubled(2.5e-4, 8e-3)),
         LENGTHS,
-        final={"eval_interval": 500},
+        final={"eval_interval": 1000},
     ),
     "gpu": Scale(
         GPU,

@@ -37,7 +37,7 @@ def test_defaults_are_gpt2_small():
 @pytest.fixture
 def head(monkeypatch):
     """A float64 model whose head takes at most 8 positions at a time, tokens, and targets some of which are -1."""
-    monkeypatch.setattr(head_file, "CPU_LOGITS", 8 * TINY.vocab_size)
+    monkeypatch.setattr(head_file, "CPU_BYTES", 8 * TINY.vocab_size * 2 * 8)
     torch.manual_seed(0)
     model = GPT(SHALLOW).double()
     with torch.no_grad():

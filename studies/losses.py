@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+from plot import COLORS
 from studies.claims import Claim
 from studies.groups import Groups, best_of, draw_band, losses, markdown_table, run_groups, table, tune, tuned
 from studies.runs import Runner, together
@@ -63,20 +64,27 @@ def markdown(groups: Groups) -> str:
     return f"{table(groups)}\n\n{speedups(groups)}"
 
 
+def adamw_over_steps(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of AdamW's schedules in steps, ascending, and the losses at their ends, (seeds, schedules)."""
+    ends = {group[0].settings["max_iters"]: name for name, group in groups.items() if name.startswith("AdamW")}
+    return np.array(sorted(ends)), np.array([losses(groups[ends[steps]]) for steps in sorted(ends)]).T
+
+
 def speedups(groups: Groups) -> str:
     """AdamW's steps to each optimizer's loss over that one's, by lines between the ends of AdamW's schedules."""
-    curve = sorted((group[0].settings["max_iters"], name) for name, group in groups.items() if name.startswith("AdamW"))
-    steps = np.array([count for count, _ in curve])
-    ends = np.array([losses(groups[name]) for _, name in curve])  # (schedules, seeds)
-    rows = []
-    for name, group in groups.items():
-        own = group[0].settings["max_iters"]
-        if name.startswith("AdamW") or own != groups["AdamW"][0].settings["max_iters"]:
-            continue
-        pairs = zip(losses(group), ends.T, strict=True)
-        ratios = [np.interp(-loss, -adamw, steps / own, left=0, right=np.inf) for loss, adamw in pairs]
-        rows.append([name, ", ".join(in_words(ratio, steps / own) for ratio in ratios)])
+    steps, ends = adamw_over_steps(groups)
+    lengths, rows = steps / groups["AdamW"][0].settings["max_iters"], []
+    for name in others(groups):
+        pairs = zip(losses(groups[name]), ends, strict=True)
+        ratios = [np.interp(-loss, -adamw, lengths, left=0, right=np.inf) for loss, adamw in pairs]
+        rows.append([name, ", ".join(in_words(ratio, lengths) for ratio in ratios)])
     return markdown_table("effective speed-up over AdamW | of each seed", rows)
+
+
+def others(groups: Groups) -> list[str]:
+    """The optimizers beside AdamW, after as many steps."""
+    own = groups["AdamW"][0].settings["max_iters"]
+    return [name for name, group in groups.items() if name != "AdamW" and group[0].settings["max_iters"] == own]
 
 
 def in_words(ratio: float, known: np.ndarray) -> str:
@@ -103,14 +111,19 @@ def search_table(found: dict[str, Tuned]) -> str:
 
 
 def figure(groups: Groups) -> Figure:
-    drawing = Figure(figsize=(8, 5), layout="constrained")
-    axes = drawing.subplots()
+    """Losses over steps; and AdamW's at the ends of its schedules, off which the others' effective speed-up is read."""
+    drawing = Figure(figsize=(13, 5), layout="constrained")
+    over_steps, speedup = panels = drawing.subplots(1, 2, subplot_kw={"xlabel": "steps"})
     drawn = [name for name in groups if not name.startswith("AdamW, ") or name.endswith("2 N")]
     for number, name in enumerate(drawn):
         curves = np.array([result.curve[1:] for result in groups[name]])  # (seeds, points, 2)
-        draw_band(axes, number, name, curves[0, :, 0], curves[:, :, 1])
+        draw_band(over_steps, number, name, curves[0, :, 0], curves[:, :, 1])
     ends = [losses(groups[name]).mean() for name in drawn]
-    axes.set(ylim=(min(ends) - 0.03, max(ends) + 0.5), xlabel="steps", ylabel="validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    over_steps.set(ylim=(min(ends) - 0.03, max(ends) + 0.5), ylabel="validation loss (nats per token)")
+    draw_band(speedup, 0, "AdamW, at the ends of its schedules", *adamw_over_steps(groups))
+    for number, name in enumerate(others(groups), start=1):
+        speedup.axhline(losses(groups[name]).mean(), color=COLORS[number], linestyle="--", label=name)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
     return drawing

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from studies import losses, toy
+from studies import losses
 from studies.claims import Claim, in_words, verdicts
 from studies.groups import markdown_table, table
 from studies.runs import Ledger, Plan
@@ -27,7 +27,6 @@ def text(studies: dict[str, Any], results: Path) -> str:
         "difference": {claim.name: in_words(claim) for claim in claims},
         "verdict": verdicts(claims),
         "loss": {name: study.means() for name, study in known.items() if study.ended},
-        "toy": toy.markdown(),
     }
     sections = re.split(r"^(?=## )", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return "".join(filled(section, known, values) for section in sections)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lion import Lion
 from sophia import SophiaH
-from studies.groups import markdown_table
 
 START = (0.2, 0.0)
 MINIMUM = (1.0, 4.0)
@@ -64,16 +63,6 @@ def walk(name: str, steps: int = STEPS) -> Tensor:
         optimizer.step()
         points.append(theta.detach().clone())
     return torch.stack(points)
-
-
-def markdown() -> str:
-    """Where each optimizer ends, and its distance from the minimum."""
-    rows = []
-    for name in OPTIMIZERS:
-        end = walk(name)[-1]
-        distance = (end - torch.tensor(MINIMUM)).norm().item()
-        rows.append([name, f"({end[0]:.3f}, {end[1]:.3f})", f"{distance:.3f}"])
-    return markdown_table(f"optimizer | after {STEPS} steps | distance from the minimum, (1, 4)", rows)
 
 
 def figure() -> Figure:

@@ -73,7 +73,7 @@ class _Sophia(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         _check(self.state, self.param_groups)
-        # A compiled update takes 0-d tensors: a number, as eps is, is baked in, and compiled anew when it changes.
+        # A compiled update takes 0-d tensors: a number would be baked in and compiled anew when it changes.
         number = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu") if self._compile else float
         groups = []
         for group in self.param_groups:
@@ -83,10 +83,10 @@ class _Sophia(torch.optim.Optimizer):
                 if not params:
                     continue
                 states = [self._state_of(param) for param in params]
-                grads = [param.grad for param in params]
                 exp_avgs, hessians = ([state[name] for state in states] for name in ("exp_avg", "hessian"))
-                eps = max(group["eps"], torch.finfo(dtype).tiny)  # in float16 that of float32 would be 0
-                groups.append((params, grads, exp_avgs, hessians, eps, *numbers))
+                eps = number(max(group["eps"], torch.finfo(dtype).tiny))  # in float16 that of float32 would be 0
+                eps = [eps] * len(params) if self._compile else eps  # on torch 2.11 shards take no list of numbers
+                groups.append((params, [param.grad for param in params], exp_avgs, hessians, eps, *numbers))
         update = _compiled(_sophia_update) if self._compile else _sophia_update
         update(groups)
         return loss

@@ -103,10 +103,10 @@ def search_table(found: dict[str, Tuned]) -> str:
         rows.append([
             LABELS[name], len(search.tried), sum(not np.isfinite(run.loss) for run in search.tried.values()),
             ", ".join(f"{setting} {value:g}" for setting, value in best.items()),
-            "in the first grid" if inside else "past its edge", len(search.untried_neighbours),
+            "in the first grid" if inside else "past its edge",
             f"{search.tried[search.best].loss:.4f}", f"{fresh.mean():.4f}", ", ".join(others),
         ])  # fmt: skip
-    header = "tuning | runs | diverged | best | where | neighbours not tried | its loss | fresh seeds | the next two"
+    header = "tuning | runs | diverged | best | where | its loss | fresh seeds | the other finalists"
     return markdown_table(header, rows)
 
 

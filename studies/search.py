@@ -1,8 +1,9 @@
 """Tuning, the same for every optimizer: runs spread over a grid, the neighbours of the best, then fresh seeds.
 
 The first runs are spread by Sobol's sequence. Then come the untried neighbours of the best so far, a step along one
-axis, or where it has none those of the next best, until there are enough runs. A search ends when the best has none. An
-axis goes on past its ends. The best of many is partly luck: the first three run again, and fresh seeds decide.
+axis, or where it has none those of the next best, until there are enough runs and the best has none. An axis goes on
+past its ends. The best of many is partly luck: the first three run again, and fresh seeds decide. The search goes on
+while their choice has untried neighbours.
 """
 
 from collections.abc import Iterator
@@ -75,12 +76,6 @@ class Tuned:
     def settings(self) -> dict[str, float]:
         return self.space.settings(self.best)
 
-    @property
-    def untried_neighbours(self) -> list[dict[str, float]]:
-        """Those of the best."""
-        near = [point for point in self.space.neighbours(self.best) if point not in self.tried]
-        return [self.space.settings(point) for point in near]
-
 
 def search(runner: Runner, base: dict[str, Any], axes: Axes, budget: Budget) -> Tuned:
     space, (seed, *fresh) = Space(axes), budget.seeds
@@ -92,12 +87,19 @@ def search(runner: Runner, base: dict[str, Any], axes: Axes, budget: Budget) -> 
     def ranking() -> list[Point]:
         return sorted(tried, key=lambda point: tried[point].loss)
 
-    tried = run(space.spread(budget.spread))
-    while wanted := untried_neighbours(space, ranking(), tried, enough=len(tried) >= budget.least):
+    def run_again(points: list[Point]) -> dict[Point, list[Result]]:
+        results = iter(runner([base | space.settings(point) | {"seed": each} for point in points for each in fresh]))
+        return {point: [next(results) for _ in fresh] for point in points}
+
+    tuned = Tuned(space, run(space.spread(budget.spread)), {})
+    tried, finalists = tuned.tried, tuned.finalists
+    while True:
+        while wanted := untried_neighbours(space, ranking(), tried, enough=len(tried) >= budget.least):
+            tried |= run(wanted)
+        finalists |= run_again([point for point in ranking()[:FINALISTS] if point not in finalists])
+        if not (wanted := untried_neighbours(space, [tuned.best], tried, enough=True)):
+            return tuned
         tried |= run(wanted)
-    finalists = ranking()[:FINALISTS]
-    again = iter(runner([base | space.settings(point) | {"seed": each} for point in finalists for each in fresh]))
-    return Tuned(space, tried, {point: [next(again) for _ in fresh] for point in finalists})
 
 
 def untried_neighbours(space: Space, ranking: list[Point], tried: dict, enough: bool) -> list[Point]:

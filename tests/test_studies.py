@@ -59,7 +59,7 @@ def test_a_search_finds_a_best_point_outside_of_its_grid_and_has_tried_all_its_n
     found = search(runner, {"optimizer": "sophiag"}, AXES, Budget())
     assert found.settings == pytest.approx(OPTIMUM)
     assert found.space.settings(found.best) in [{k: s[k] for k in AXES} for s in runner.asked]
-    assert found.untried_neighbours == []
+    assert set(found.space.neighbours(found.best)) <= set(found.tried)
     settings = [json.dumps(each, sort_keys=True) for each in runner.asked]
     assert len(settings) == len(set(settings)) == len(found.tried) + 6 >= 24 + 6  # three finalists, two fresh seeds
     spread = [tuple(each[name] for name in AXES) for each in runner.asked[:12]]
@@ -76,6 +76,7 @@ def test_fresh_seeds_decide_between_the_best_of_a_search():
     found = search(Formula(loss), {}, AXES, Budget())
     assert min(found.tried.values(), key=lambda run: run.loss).settings["learning_rate"] == 0.008
     assert found.settings == pytest.approx(OPTIMUM)
+    assert set(found.space.neighbours(found.best)) <= set(found.tried)
 
 
 def test_a_search_goes_on_from_diverged_runs_and_never_leaves_the_range_of_a_beta():

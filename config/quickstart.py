@@ -1,8 +1,8 @@
 """A small GPT on Python's own sources, with Sophia-G: minutes on two CPU cores.
 
-Learning rate, beta1 and rho are the best of 8 runs. Over 512 validation blocks it ends at 1.46 nats per byte; AdamW,
-tuned in as many runs, ends at 1.43 (--optimizer=adamw --learning_rate=4e-3 --beta1=0.8). A short run is not what Sophia
-is made for: its Hessian average needs about a hundred estimates to fill up.
+It ends at 1.352 nats per byte, AdamW at 1.343 (--optimizer=adamw --learning_rate=8e-3 --beta2=0.95), each tuned in 9
+runs of 500 steps and 4 of 1,000. With a beta2 of 0.9 the Hessian average fills up within ten estimates; with the usual
+0.99 it would take the whole run.
 """
 
 dataset = "stdlib"
@@ -18,8 +18,9 @@ micro_batch_size = 32
 optimizer = "sophiag"
 hessian_estimator = "averaged"
 hessian_batch_size = 16
-learning_rate = 1e-3
+learning_rate = 2e-3
 beta1 = 0.8
+beta2 = 0.9
 rho = 0.1
 max_iters = 1000
 warmup_iters = 100

@@ -1,8 +1,8 @@
 """A small GPT on Python's own sources, with Sophia-G: minutes on two CPU cores.
 
 It ends at 1.352 nats per byte, AdamW at 1.343 (--optimizer=adamw --learning_rate=8e-3 --beta2=0.95), each tuned in 9
-runs of 500 steps and 4 of 1,000. With a beta2 of 0.9 the Hessian average fills up within ten estimates; with the usual
-0.99 it would take the whole run.
+runs of 500 steps and 4 of 1,000. A beta2 of 0.9 gives the Hessian average a time constant of ten estimates; the usual
+0.99 gives a hundred, which is the whole run.
 """
 
 dataset = "stdlib"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from studies.claims import Claim
-from studies.groups import Groups, best_of, draw_band, losses, losses_of, run_groups, tuned
-from studies.runs import Runner
+from studies.groups import Groups, best_of, draw_band, losses, losses_of, tuned
+from studies.runs import Runner, run_groups
 from studies.scales import LABELS, Scale, Settings
 
 OPTIMIZERS = ("adamw", "sophiag")

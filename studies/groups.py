@@ -24,11 +24,6 @@ def tune(runner: Runner, scale: Scale, optimizer: str) -> Tuned:
     return search(runner, scale.settings(optimizer), scale.axes[optimizer], scale.budget)
 
 
-def run_groups(runner: Runner, settings: dict[str, Settings], seeds: Sequence[int]) -> Groups:
-    results = iter(runner([each | {"seed": seed} for each in settings.values() for seed in seeds]))
-    return {label: [next(results) for _ in seeds] for label in settings}
-
-
 def losses(group: Iterable[Result]) -> np.ndarray:
     """Final validation losses in nats per token, (seeds,)."""
     return np.array([result.loss for result in group])

@@ -3,8 +3,8 @@
 from matplotlib.figure import Figure
 
 from studies.claims import Claim
-from studies.groups import Groups, best_of, draw_band, losses, losses_of, run_groups, tuned
-from studies.runs import Runner
+from studies.groups import Groups, best_of, draw_band, losses, losses_of, tuned
+from studies.runs import Runner, run_groups
 from studies.scales import Scale
 
 BETA1 = (0.6, 0.8, 0.9, 0.96)

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from plot import COLORS
 from studies.claims import Claim
-from studies.groups import Groups, best_of, draw_band, losses, markdown_table, run_groups, table, tune, tuned
-from studies.runs import Runner, together
+from studies.groups import Groups, best_of, draw_band, losses, markdown_table, table, tune, tuned
+from studies.runs import Runner, run_groups, together
 from studies.scales import LABELS, Scale, Settings
 from studies.search import Tuned
 

@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from studies.claims import Claim
-from studies.groups import Groups, draw_band, losses, losses_of, mean_of, run_groups, tuned
-from studies.runs import Runner
+from studies.groups import Groups, draw_band, losses, losses_of, mean_of, tuned
+from studies.runs import Runner, run_groups
 from studies.scales import Scale, doubled
 
 RHO = (0.0, *doubled(0.0125, 0.8))

@@ -160,6 +160,12 @@ class Plan:
         return flops / speed / jobs / 3600
 
 
+def run_groups(runner: Runner, settings: dict[Any, dict[str, Any]], seeds: Sequence[int]) -> dict[Any, list[Result]]:
+    """The results of each settings with each of the seeds, by the settings' labels."""
+    results = iter(runner([each | {"seed": seed} for each in settings.values() for seed in seeds]))
+    return {label: [next(results) for _ in seeds] for label in settings}
+
+
 def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """What the tasks return, each run in a thread, so that the runs that they wait for share the runner's jobs."""
     with ThreadPoolExecutor(max(1, len(tasks))) as pool:

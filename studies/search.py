@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from studies.runs import Result, Runner
+from studies.runs import Result, Runner, run_groups
 
 FINALISTS = 3
 Point = tuple[int, ...]  # the place of a value on each axis
@@ -78,28 +78,27 @@ class Tuned:
 
 
 def search(runner: Runner, base: dict[str, Any], axes: Axes, budget: Budget) -> Tuned:
-    space, (seed, *fresh) = Space(axes), budget.seeds
+    space = Space(axes)
 
-    def run(points: list[Point]) -> dict[Point, Result]:
-        settings = [base | space.settings(point) | {"seed": seed} for point in points]
-        return dict(zip(points, runner(settings), strict=True))
+    def run(points: list[Point], seeds: tuple[int, ...]) -> dict[Point, list[Result]]:
+        return run_groups(runner, {point: base | space.settings(point) for point in points}, seeds)
+
+    def run_once(points: list[Point]) -> dict[Point, Result]:
+        return {point: result for point, (result,) in run(points, budget.seeds[:1]).items()}
 
     def ranking() -> list[Point]:
         return sorted(tried, key=lambda point: tried[point].loss)
 
-    def run_again(points: list[Point]) -> dict[Point, list[Result]]:
-        results = iter(runner([base | space.settings(point) | {"seed": each} for point in points for each in fresh]))
-        return {point: [next(results) for _ in fresh] for point in points}
-
-    tuned = Tuned(space, run(space.spread(budget.spread)), {})
-    tried, finalists = tuned.tried, tuned.finalists
+    tried, finalists = run_once(space.spread(budget.spread)), {}
     while True:
         while wanted := untried_neighbours(space, ranking(), tried, enough=len(tried) >= budget.least):
-            tried |= run(wanted)
-        finalists |= run_again([point for point in ranking()[:FINALISTS] if point not in finalists])
+            tried |= run_once(wanted)
+        first = [point for point in ranking()[:FINALISTS] if point not in finalists]
+        finalists |= run(first, budget.seeds[1:])
+        tuned = Tuned(space, tried, finalists)
         if not (wanted := untried_neighbours(space, [tuned.best], tried, enough=True)):
             return tuned
-        tried |= run(wanted)
+        tried |= run_once(wanted)
 
 
 def untried_neighbours(space: Space, ranking: list[Point], tried: dict, enough: bool) -> list[Point]:

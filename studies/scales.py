@@ -118,7 +118,7 @@ SCALES = {
         budget=Budget(spread=6, least=12),
         seeds=(11, 12, 13),
     ),
-    # two scales with runs too short for h to fill up; found by 24 and by 8 runs each on a lattice of factors of two
+    # two scales with runs too short for h to fill up; found by 24 and by 13 runs each on a lattice of factors of two
     "short": Scale(
         SHORT,
         {

@@ -48,7 +48,6 @@ class Elsewhere:
             rates = [groups[label][0].settings["learning_rate"] for label in labels(groups, name)]
             draw_band(axes, number, name, rates, losses_of(groups, labels(groups, name)))
         axes.set(xscale="log", xlabel="peak learning rate", ylabel="final validation loss (nats per token)")
-        axes.grid(alpha=0.3)
         axes.legend()
         return drawing
 

@@ -68,3 +68,4 @@ def draw_band(axes: Axes, number: int, label: str, x: Sequence[float], seeds: np
     color = COLORS[number % len(COLORS)]
     axes.plot(x, mean, color=color, marker=MARKERS[number % len(MARKERS)], markersize=4, label=label)
     axes.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
+    axes.grid(alpha=0.3)

@@ -124,6 +124,5 @@ def figure(groups: Groups) -> Figure:
     for number, name in enumerate(others(groups), start=1):
         speedup.axhline(losses(groups[name]).mean(), color=COLORS[number], linestyle="--", label=name)
     for axes in panels:
-        axes.grid(alpha=0.3)
         axes.legend()
     return drawing

@@ -77,7 +77,6 @@ def figure(groups: Groups) -> Figure:
     draw_band(axes, 0, "final validation loss", range(len(RHO)), losses_of(groups, labels))
     axes.set_xticks(range(len(RHO)), [f"{rho:g}" for rho in RHO])
     axes.set(xlabel="ρ", ylabel="final validation loss (nats per token)")
-    axes.grid(alpha=0.3)
     share = axes.twinx()
     share.plot(range(len(RHO)), [mean_of(groups[label], "win_rate") for label in labels], "k--", label="unclipped")
     share.set(ylabel="unclipped share of coordinates (dashed)", ylim=(0, 1))

@@ -245,8 +245,9 @@ def test_a_study_has_a_picture_with_its_losses(name, finished, tmp_path):
     drawing = STUDIES[name].figure(known.groups)
     drawing.savefig(tmp_path / "figure.png")
     drawn = np.concatenate([line.get_ydata() for axes in drawing.axes for line in axes.get_lines()])
-    ends = [losses.losses(group).mean() for group in known.groups.values()]
-    assert sum(np.isclose(drawn, end).any() for end in ends) > len(ends) / 3
+    told = known.markdown()
+    ends = [losses.losses(group).mean() for label, group in known.groups.items() if f"| {label} |" in told]
+    assert sum(np.isclose(drawn, end).any() for end in ends) >= len(ends) / 2
 
 
 def test_the_plan_of_all_studies_has_each_run_once_and_its_hours(dataset, tmp_path):

@@ -114,14 +114,14 @@ def figure(groups: Groups) -> Figure:
     """Losses over steps; and AdamW's at the ends of its schedules, off which the others' effective speed-up is read."""
     drawing = Figure(figsize=(13, 5), layout="constrained")
     over_steps, speedup = panels = drawing.subplots(1, 2, subplot_kw={"xlabel": "steps"})
-    drawn = [name for name in groups if not name.startswith("AdamW, ") or name.endswith("2 N")]
-    for number, name in enumerate(drawn):
+    optimizers = ["AdamW", *others(groups)]
+    for name in (*optimizers, *(name for name in groups if name.endswith(", 2 N"))):
         curves = np.array([result.curve[1:] for result in groups[name]])  # (seeds, points, 2)
-        draw_band(over_steps, number, name, curves[0, :, 0], curves[:, :, 1])
-    ends = [losses(groups[name]).mean() for name in drawn]
-    over_steps.set(ylim=(min(ends) - 0.03, max(ends) + 0.5), ylabel="validation loss (nats per token)")
+        draw_band(over_steps, optimizers.index(name.removesuffix(", 2 N")), name, curves[0, :, 0], curves[:, :, 1])
+    ends = [losses(group).mean() for group in groups.values()]
+    over_steps.set(ylim=(min(ends) - 0.03, max(ends) + 0.4), ylabel="validation loss (nats per token)")
     draw_band(speedup, 0, "AdamW, at the ends of its schedules", *adamw_over_steps(groups))
-    for number, name in enumerate(others(groups), start=1):
+    for number, name in enumerate(optimizers[1:], start=1):
         speedup.axhline(losses(groups[name]).mean(), color=COLORS[number], linestyle="--", label=name)
     for axes in panels:
         axes.legend()
